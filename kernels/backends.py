@@ -1,0 +1,89 @@
+"""Which versions of the operations this machine can run, and the one library object they are registered in.
+
+Every operation has a folder with a ``reference`` (plain PyTorch), a ``native`` (C++ on CPUs) and a ``triton`` (GPU)
+version. The dispatcher picks by device; where a build is missing, the reference takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+OPS = ("warp", "cosine_rank", "pgd_step")
+BACKENDS = ("reference", "native", "triton")
+
+# A second Library of the same name could not define anything, so there is this one, kept alive by the module.
+LIB = torch.library.Library("pbe_fast", "DEF")
+
+# The codes of enum class DType in convert.h.
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+
+
+@functools.cache
+def native() -> Any:
+    """The module ``pbe_fast._native``, or None where it was not built or PBE_FAST_NATIVE=0 turns it off."""
+    if os.environ.get("PBE_FAST_NATIVE", "1") == "0":
+        return None
+    try:
+        return importlib.import_module("pbe_fast._native")
+    except ImportError:
+        return None
+
+
+def native_op(op: str) -> Any:
+    """The C++ functions of one operation, or None."""
+    return getattr(native(), op, None)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, that is on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; it is not imported here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def missing(op: str, backend: str) -> str | None:
+    """Why a version of an operation cannot run here, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return None if native_op(op) is not None else "the native module pbe_fast._native is not built or turned off"
+    if not triton_installed():
+        return "the package triton is not installed"
+    if not triton_interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs Triton's interpreter)"
+    return None
+
+
+def available_backends() -> dict[str, tuple[str, ...]]:
+    """The versions of each operation that this machine can run.
+
+    Returns:
+        The names "reference", "native" (C++, CPU) and "triton" (GPU) that are there, by operation.
+    """
+    return {op: tuple(backend for backend in BACKENDS if missing(op, backend) is None) for op in OPS}
+
+
+def require(op: str, backend: str) -> None:
+    """Checks that a version asked for by name can run.
+
+    Raises:
+        ValueError: There is no such operation or backend.
+        RuntimeError: It is not there on this machine; the message says why.
+    """
+    if op not in OPS or backend not in BACKENDS:
+        raise ValueError(f"backend of an operation; got {backend!r} of {op!r}; accepted: {BACKENDS} of {OPS}")
+    reason = missing(op, backend)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend of {op}; got {backend!r}, but {reason}; accepted here: {available_backends()[op]}"
+        )

@@ -1,0 +1,111 @@
+// The only place that starts threads. The number of threads comes from the caller (torch.get_num_threads()).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace pbe {
+
+// Workers that sleep between calls: starting threads anew would cost more than a small batch takes.
+class Pool {
+ public:
+  // Runs task(0) ... task(parts - 1), part 0 here and the others on the workers; returns when all are done. False,
+  // with nothing run, while another call has the pool or the system gives no more threads.
+  bool run(int parts, const std::function<void(int)>& task) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    const bool enough = start_workers(parts - 1);
+    if (enough) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        task_ = &task;
+        parts_ = parts;
+        pending_ = parts - 1;
+        ++call_;
+      }
+      wake_.notify_all();
+      task(0);
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return pending_ == 0; });
+    }
+    busy_.store(false, std::memory_order_release);
+    return enough;
+  }
+
+  // Never destroyed: workers may outlive static destructors. A forked child (DataLoader) has none of its parent's
+  // threads, so it starts with a new pool.
+  static Pool& instance() {
+    static Pool* pool = nullptr;
+    static const bool ready = [] {
+      pool = new Pool;
+#ifndef _WIN32
+      pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+      return true;
+    }();
+    static_cast<void>(ready);
+    return *pool;
+  }
+
+ private:
+  bool start_workers(int count) {
+    try {
+      for (; workers_ < count; ++workers_) {
+        // No call is running, so call_ stands still: the worker starts from it and takes the next one.
+        std::thread([this, part = workers_ + 1, seen = call_] { work(part, seen); }).detach();
+      }
+    } catch (const std::system_error&) {
+      return false;
+    }
+    return true;
+  }
+
+  void work(int part, std::uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return call_ != seen; });
+      seen = call_;
+      if (part >= parts_) continue;
+      const std::function<void(int)>* task = task_;
+      lock.unlock();
+      (*task)(part);
+      lock.lock();
+      if (--pending_ == 0) done_.notify_one();
+    }
+  }
+
+  std::atomic<bool> busy_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int)>* task_ = nullptr;
+  int workers_ = 0;
+  int parts_ = 0;
+  int pending_ = 0;
+  std::uint64_t call_ = 0;
+};
+
+// body(begin, end) over [0, n), cut into at most `threads` ranges of at least `grain` elements. The ranges depend on
+// n, grain and threads alone. The body must not throw.
+template <class Body>
+void parallel_for(std::int64_t n, std::int64_t grain, int threads, const Body& body) {
+  if (n <= 0) return;
+  const std::int64_t most = (n + std::max<std::int64_t>(grain, 1) - 1) / std::max<std::int64_t>(grain, 1);
+  const int parts = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), most));
+  const std::int64_t each = n / parts;
+  const std::int64_t extra = n % parts;
+  const auto begin_of = [&](int part) { return part * each + std::min<std::int64_t>(part, extra); };
+  const std::function<void(int)> task = [&](int part) { body(begin_of(part), begin_of(part + 1)); };
+  if (parts > 1 && Pool::instance().run(parts, task)) return;
+  // One part, or a nested call, or calls from several Python threads at once: the work is done where it is.
+  for (int part = 0; part < parts; ++part) task(part);
+}
+
+}  // namespace pbe
