@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pbe_fast.errors import InputError
+
+MAX_INFERRED_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +22,7 @@ class ImageSet:
 
     Args:
         images: (N, C, H, W) uint8, C of 1 or 3, N of at least 1.
-        labels: (N,) int64 in [0, number of classes). The labels that training sees; of a poisoned image, the attacker's.
+        labels: (N,) int64 in [0, number of classes). What training sees: of a poisoned image, the attacker's.
         class_names: One name per class, so that ``num_classes == len(class_names)``.
         poison_mask: (N,) bool, True where the image carries the trigger; None where the truth is not known.
         true_labels: (N,) int64, the labels before poisoning; None where they are not known.
@@ -41,7 +44,8 @@ class ImageSet:
         n = self.images.shape[0]
         _check_vector("labels", self.labels, torch.int64, n, self.images.device)
         if not self.class_names:
-            count = int(self.labels.max()) + 1
+            # A stray label such as 2**40 must become an error below, not that many names.
+            count = max(min(int(self.labels.max()) + 1, MAX_INFERRED_CLASSES), 1)
             object.__setattr__(self, "class_names", tuple(str(k) for k in range(count)))
         _check_labels("labels", self.labels, len(self.class_names))
         if self.poison_mask is not None:
@@ -76,9 +80,9 @@ class ImageSet:
     def select(self, indices: Tensor | Sequence[int], *, name: str | None = None) -> ImageSet:
         """The images at ``indices`` (int64, or a bool mask over the set), in that order."""
         where = torch.as_tensor(indices, device=self.device)
-        return dataclasses.replace(
-            self, name=name or self.name, **{k: v[where] for k, v in self._tensors().items()}
-        )
+        if where.numel() == 0:
+            where = where.long()  # an empty list makes a float tensor, which torch refuses as an index
+        return dataclasses.replace(self, name=name or self.name, **{k: v[where] for k, v in self._tensors().items()})
 
     def floats(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """The images at ``indices`` as float32 in [0, 1], (n, C, H, W)."""
@@ -91,7 +95,7 @@ class ImageSet:
         digest.update(self.labels.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         named = {
             "images": self.images,
             "labels": self.labels,
@@ -106,8 +110,7 @@ def _check_images(images: Tensor) -> None:
         raise InputError(
             "images of an ImageSet",
             got=f"{images.dtype} of shape {tuple(images.shape)}",
-            accepted="uint8 of shape (N, C, H, W) with C of 1 or 3; "
-            "pbe_fast.as_image_set converts floats in [0, 1]",
+            accepted="uint8 of shape (N, C, H, W) with C of 1 or 3; pbe_fast.as_image_set converts floats in [0, 1]",
         )
     if images.numel() == 0:
         raise InputError("empty image set", got=f"shape {tuple(images.shape)}", accepted="at least one image")

@@ -1,0 +1,89 @@
+"""`as_image_set`: whatever holds labelled images, as an `ImageSet`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pbe_fast.data import arrays, digits, folder, npz, parquet, torch_dataset, torchvision_sets
+from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data.reader import Reader, ReadOptions, as_path, resolve_class_names
+from pbe_fast.errors import InputError
+
+
+def _is_image_set(source: Any) -> bool:
+    return isinstance(source, ImageSet)
+
+
+def _read_image_set(source: ImageSet, options: ReadOptions) -> ImageSet:
+    names = resolve_class_names(source.labels, source.class_names, options, where=lambda i: f"index {i}")
+    return dataclasses.replace(source, class_names=names, name=options.name or source.name)
+
+
+# Tried in this order. The names with a colon go before the paths, and the folder after the files.
+READERS = (
+    Reader("an ImageSet", _is_image_set, _read_image_set),
+    Reader("a pair (images, labels) of tensors or numpy arrays", arrays.accepts, arrays.read),
+    Reader("'digits:train' or 'digits:test'", digits.accepts, digits.read),
+    Reader(torchvision_sets.FORM, torchvision_sets.accepts, torchvision_sets.read),
+    Reader("a .parquet file in the Hugging Face image layout", parquet.accepts, parquet.read),
+    Reader("an .npz file", npz.accepts, npz.read),
+    Reader("a folder with one folder of image files per class", folder.accepts, folder.read),
+    Reader("a torch map-style Dataset of (image, label)", torch_dataset.accepts, torch_dataset.read),
+)
+
+
+def as_image_set(
+    source: Any,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    progress: bool = True,
+) -> ImageSet:
+    """Labelled images from any accepted source, as uint8 in one tensor.
+
+    Args:
+        source: An `ImageSet`; a pair (images, labels) of tensors or numpy arrays, images (N, C, H, W) float in [0, 1]
+            or uint8; a torch map-style Dataset of (PIL image, tensor or array, label); or a string or path: a
+            ``.parquet`` file in the Hugging Face image layout, an ``.npz`` file, a folder with one folder per class,
+            "digits:train", "digits:test", or a torchvision set such as "cifar10:ROOT:train".
+        name: What to call the set in tables; None for the source's own name.
+        num_classes: Number of classes K, where it is more than the labels show.
+        class_names: One name per class, in the order of the labels; None for the source's own.
+        size: Height and width in pixels, or one number for both, to resize every image to (bilinear, antialiased);
+            None to keep them. Needed where the images of a source differ in size.
+        progress: Whether to show a bar for anything that takes over two seconds.
+
+    Returns:
+        The set. Greyscale images among colour ones become colour; (N, 1, H, W) where all are greyscale.
+
+    Raises:
+        InputError: Anything that is not such a source, or that holds an image or a label that cannot be used.
+    """
+    options = ReadOptions(
+        name=name,
+        num_classes=num_classes,
+        class_names=None if class_names is None else tuple(str(n) for n in class_names),
+        size=(size, size) if isinstance(size, int) else size,
+        progress=progress,
+    )
+    for reader in READERS:
+        if reader.accepts(source):
+            data = reader.read(source, options)
+            if options.size is None:
+                return data
+            return dataclasses.replace(data, images=arrays.resize(data.images, options.size))
+    raise _unknown(source)
+
+
+def _unknown(source: Any) -> InputError:
+    path = as_path(source)
+    accepted = "; ".join(reader.form for reader in READERS)
+    if path is None:
+        return InputError("data", got=f"{type(source).__module__}.{type(source).__qualname__}", accepted=accepted)
+    if not path.exists():
+        return InputError("data that does not exist", got=repr(str(source)), accepted=accepted)
+    return InputError("a file of an unknown kind", got=repr(str(source)), accepted=accepted)

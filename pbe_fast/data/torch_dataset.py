@@ -1,0 +1,94 @@
+"""A torch map-style dataset of (image, label) pairs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from pbe_fast.data import arrays
+from pbe_fast.data.decode import Pixels, chunked, gather, pixels_of
+from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data.reader import ReadOptions, resolve_class_names
+from pbe_fast.errors import InputError
+
+ITEMS = "(image, label) pairs: a PIL image, or a tensor or array (C, H, W), float in [0, 1] or uint8; a whole number"
+
+
+def accepts(source: Any) -> bool:
+    """Whether ``source`` is a torch dataset, or a sequence of pairs that can stand for one."""
+    return isinstance(source, Dataset) or (isinstance(source, Sequence) and not isinstance(source, (str, bytes)))
+
+
+def read(source: Any, options: ReadOptions, *, parallel: bool = False, known: Sequence[str] | None = None) -> ImageSet:
+    """The image set of a dataset, every item read once.
+
+    A random transform in the dataset is therefore drawn once and kept. Class names are taken from the ``classes`` of
+    the dataset, or of the one that it is a `Subset` of.
+
+    Args:
+        source: The dataset; items as in `ITEMS`.
+        options: See `ReadOptions`.
+        parallel: Whether the dataset may be read in several threads at once. Of a user's dataset nobody knows.
+        known: Class names to use where the dataset has none.
+
+    Raises:
+        InputError: An iterable-style or empty dataset, or an item that cannot be read, naming its index.
+    """
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        raise InputError("an iterable-style dataset", got=type(source).__name__, accepted="map-style, with a length")
+    if isinstance(source, TensorDataset) and len(source.tensors) == 2:
+        return arrays.read(source.tensors, options)
+    if len(source) == 0:
+        raise InputError("empty image set", got=f"{type(source).__name__} of length 0", accepted="at least one image")
+    labels = torch.zeros(len(source), dtype=torch.int64)
+
+    def read_item(i: int) -> Pixels:
+        image, labels[i] = _item(source, i)
+        return _pixels(image, i, options.size)
+
+    def where(i: int) -> str:
+        return f"item {i} of {type(source).__name__}"
+
+    everything = range(len(source))
+    images = gather(chunked(everything), len(source), read_item, where, progress=options.progress, parallel=parallel)
+    names = resolve_class_names(labels, _classes(source) or known, options, where)
+    return ImageSet(images, labels, names, name=options.name or type(source).__name__.lower())
+
+
+def _item(source: Any, i: int) -> tuple[Any, int]:
+    item = source[i]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list, dict)) else ""
+        raise InputError(f"item {i} of the dataset", got=f"{type(item).__name__}{size}", accepted=ITEMS)
+    image, label = item
+    try:
+        return image, operator.index(label)
+    except TypeError as error:
+        raise InputError(f"label of item {i}", got=f"{label!r} ({type(label).__name__})", accepted=ITEMS) from error
+
+
+def _pixels(image: Any, i: int, size: tuple[int, int] | None) -> Pixels:
+    from PIL.Image import Image
+
+    if isinstance(image, Image):
+        return pixels_of(image, size)
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise InputError(f"image of item {i}", got=type(image).__name__, accepted=ITEMS)
+    levels = arrays.to_uint8(image, what=f"image of item {i}", ndim=3).cpu()
+    if size is not None:
+        levels = arrays.resize(levels[None], size)[0]
+    pixels: Pixels = levels.numpy()
+    return pixels
+
+
+def _classes(source: Any) -> list[str] | None:
+    while isinstance(source, Subset):
+        source = source.dataset
+    classes = getattr(source, "classes", None)
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) and classes else None

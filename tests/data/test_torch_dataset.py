@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from pbe_fast.data import as_image_set
+from pbe_fast.errors import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+
+
+class Items(Dataset[Any]):
+    """A dataset that says what it is told to."""
+
+    def __init__(self, items: list[Any], classes: list[str] | None = None) -> None:
+        self.items = items
+        self.threads: set[int] = set()
+        if classes:
+            self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Any:
+        self.threads.add(threading.get_ident())
+        return self.items[i]
+
+
+def _chw(i: int) -> torch.Tensor:
+    return torch.from_numpy(PIXELS[i]).permute(2, 0, 1)
+
+
+FORMS = {
+    "pil": lambda i: Image.fromarray(PIXELS[i]),
+    "uint8": _chw,
+    "float": lambda i: _chw(i).float() / 255,
+    "numpy": lambda i: _chw(i).numpy(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+def test_every_form_of_image_and_label(form: str, kind: Any) -> None:
+    dataset = Items([(FORMS[form](i), kind(i % 3)) for i in range(6)], ["owl", "rook", "wren", "tit"])
+    data = as_image_set(dataset)
+    assert np.array_equal(data.images.numpy(), PIXELS.transpose(0, 3, 1, 2))
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.class_names == ("owl", "rook", "wren", "tit")
+    # Nobody knows whether a user's dataset may be read in several threads.
+    assert dataset.threads == {threading.get_ident()}
+
+
+def test_subsets_keep_the_names() -> None:
+    whole = Items([(FORMS["pil"](i), i % 2) for i in range(6)], ["owl", "rook"])
+    data = as_image_set(Subset(Subset(whole, [5, 4, 0]), [0, 2]))
+    assert np.array_equal(data.images.numpy(), PIXELS[[5, 0]].transpose(0, 3, 1, 2))
+    assert data.class_names == ("owl", "rook")
+
+
+def test_tensor_datasets_and_plain_lists() -> None:
+    images = torch.from_numpy(PIXELS).permute(0, 3, 1, 2)
+    assert torch.equal(as_image_set(TensorDataset(images, torch.arange(6))).images, images)
+    assert torch.equal(as_image_set([(image, 0) for image in images]).images, images)
+
+
+def test_sizes_differ() -> None:
+    dataset = Items([(torch.zeros(3, 4, 4), 0), (torch.zeros(3, 4, 6), 0)])
+    with pytest.raises(InputError, match=r"4x4 .* at item 0 of Items and 4x6 .* at item 1 of Items"):
+        as_image_set(dataset)
+    assert as_image_set(dataset, size=8).image_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (torch.zeros(3, 5, 4), r"item 1 of the dataset; got Tensor; accepted: \(image, label\) pairs"),
+        ({"image": 0, "label": 1}, "got dict of 2"),
+        ((torch.zeros(3, 5, 4), 0, 0), "got tuple of 3"),
+        ((torch.zeros(3, 5, 4), 0.5), r"label of item 1; got 0.5 \(float\)"),
+        ((torch.zeros(3, 5, 4), "owl"), "label of item 1; got 'owl'"),
+        ((torch.zeros(3, 5, 4), torch.zeros(10)), "label of item 1"),
+        (("path.png", 0), "image of item 1; got str"),
+        ((torch.zeros(5, 4, 3), 0), r"shape of image of item 1; got \(5, 4, 3\).*permute\(2, 0, 1\)"),
+        ((torch.zeros(5, 4), 0), r"shape of image of item 1; got \(5, 4\).*images\[None\]"),
+        ((torch.full((3, 5, 4), float("nan")), 0), "NaN in image of item 1"),
+        ((torch.full((3, 5, 4), -1.5), 0), "range of image of item 1.*normalised"),
+        ((torch.zeros(3, 5, 4), -1), "label -1 at item 1 of Items"),
+    ],
+)
+def test_a_wrong_item_is_named(item: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        as_image_set(Items([(torch.zeros(3, 5, 4), 0), item]))
+
+
+def test_an_item_that_raises_is_named() -> None:
+    class Broken(Items):
+        def __getitem__(self, i: int) -> Any:
+            if i == 2:
+                raise OSError("image file is truncated")
+            return super().__getitem__(i)
+
+    with pytest.raises(InputError, match="item 2 of Broken; got OSError: image file is truncated"):
+        as_image_set(Broken([(torch.zeros(3, 5, 4), 0)] * 4))
+
+
+def test_datasets_without_items_or_length() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([])
+
+    with pytest.raises(InputError, match="iterable-style dataset; got Stream"):
+        as_image_set(Stream())
+    with pytest.raises(InputError, match="empty image set; got Items of length 0"):
+        as_image_set(Items([]))
