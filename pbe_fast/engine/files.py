@@ -1,0 +1,107 @@
+"""Writing results so that nothing is ever seen half-written under its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from pbe_fast.errors import OutputError
+
+# What a command of the package leaves in its output folder; a folder with none of these may hold anything else.
+RUN_FILES = ("*.safetensors", "*.onnx", "*.npz", "config.json", "report.json", "report.html", "ranking.csv")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` when the block ends well.
+
+    The data are on the disk before the name is (fsync, then rename), so that a reader finds the old file or the whole
+    new one. When the block raises, KeyboardInterrupt included, the temporary file goes and ``path`` is as it was.
+
+    Args:
+        path: The final name. Missing parent folders are made.
+
+    Yields:
+        A path in the same folder, with the same suffix, where nothing exists yet.
+
+    Raises:
+        OutputError: The folder cannot be made or written to, ``path`` is a folder, or the block wrote no file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: got a folder; accepted: the name of a file")
+    _require_writable(path.parent)
+    # The suffix stays at the end: numpy and matplotlib choose the format by it, or append their own.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except FileNotFoundError as error:
+        if temporary.exists() or error.filename != str(temporary):
+            raise
+        raise OutputError(f"nothing was written for {path}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write ``text`` as UTF-8 under its final name at once; see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def prepare_output(folder: str | os.PathLike[str], *, force: bool) -> Path:
+    """The folder for a run's results, made if need be and known to be writable before any work starts.
+
+    Args:
+        folder: Where results will go. Parents are made.
+        force: Accept a folder that holds a run. Nothing is deleted here: each file is replaced as its successor is
+            ready, so that an interrupted run costs the old one nothing.
+
+    Returns:
+        ``folder`` as a Path.
+
+    Raises:
+        OutputError: It is a file, cannot be made or written to, or holds a run and ``force`` is false.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output folder {folder}: got a file; accepted: a folder, or a name that is free")
+    _require_writable(folder)
+    found = sorted({p.name for pattern in RUN_FILES for p in folder.glob(pattern) if not p.name.startswith(".")})
+    if found and not force:
+        raise OutputError(
+            f"output folder {folder} already holds a run: got {', '.join(found)}; "
+            "accepted: an empty folder, or --force (force=True) to replace them"
+        )
+    return folder
+
+
+def _require_writable(folder: Path) -> None:
+    # Tried rather than asked: os.access answers yes to root and on read-only mounts alike.
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {folder}: got {error.strerror or error}; accepted: a folder that can be written to"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

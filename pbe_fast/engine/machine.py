@@ -1,0 +1,114 @@
+"""Where a result came from: versions, processor, commit and date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+# Read from the installed metadata: importing triton or torchvision only to ask its version costs seconds, and may fail.
+_DISTRIBUTIONS = {
+    "torchvision": ("torchvision",),
+    "triton": ("triton",),
+    "onnx": ("onnx",),
+    "onnxscript": ("onnxscript",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+}
+
+
+def describe() -> dict[str, Any]:
+    """What a result depends on besides its inputs.
+
+    Returns:
+        Plain JSON values: ``versions`` (a version per package, None where it is missing), ``machine`` (``processor``,
+        ``cores`` usable by this process, ``torch_threads``, ``gpu`` or None, ``memory_gib``, ``system``), ``commit``
+        of the package's checkout (with "-dirty" when tracked files differ from it; None for an installed package),
+        and ``date`` in UTC, ISO 8601.
+    """
+    return {
+        "versions": _versions(),
+        "machine": {
+            "processor": processor_name(),
+            "cores": _usable_cores(),
+            "torch_threads": torch.get_num_threads(),
+            "memory_gib": _memory_gib(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.platform(),
+        },
+        "commit": git_commit(Path(__file__).parents[2]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def git_commit(root: Path) -> str | None:
+    """The commit checked out at ``root``, with "-dirty" for uncommitted edits; None when ``root`` is no checkout."""
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    # An environment inside somebody else's repository would otherwise report that repository's commit.
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    edits = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and edits else commit or None
+
+
+def _versions() -> dict[str, str | None]:
+    found = {name: _version(*candidates) for name, candidates in _DISTRIBUTIONS.items()}
+    return {
+        "pbe_fast": str(importlib.import_module("pbe_fast").__version__),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        **found,
+    }
+
+
+def _version(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

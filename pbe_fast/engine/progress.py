@@ -1,0 +1,41 @@
+"""One progress bar for the whole package: only for what lasts, on stderr, and sparing in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+DELAY_S = 2.0
+LOG_INTERVAL_S = 10.0
+
+
+def progress(iterable: Iterable[T], *, total: int | None = None, desc: str = "", enabled: bool = True) -> tqdm[T]:
+    """``iterable``, with a bar on stderr once it has lasted two seconds.
+
+    Args:
+        iterable: What to go through.
+        total: Number of items; ``len(iterable)`` where that is known.
+        desc: What is being done, as a word or two.
+        enabled: False shows nothing (``--quiet``).
+
+    Returns:
+        The bar, to iterate over; ``set_postfix(loss=...)`` shows a figure beside it.
+    """
+    # A terminal redraws one line; a log file gets a line each time.
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc or None,
+        disable=not enabled,
+        delay=DELAY_S,
+        mininterval=interval,
+        maxinterval=LOG_INTERVAL_S,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
