@@ -65,7 +65,7 @@ def save_npz(data: ImageSet, path: str | Path) -> None:
         raise InputError("file to write an image set to", got=str(path), accepted="a path that ends in .npz")
     try:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **_arrays_of(data))
+            np.savez(file, **_arrays_of(data))
     except OutputError:
         raise
     except OSError as error:
