@@ -84,6 +84,4 @@ def require(op: str, backend: str) -> None:
         raise ValueError(f"backend of an operation; got {backend!r} of {op!r}; accepted: {BACKENDS} of {OPS}")
     reason = missing(op, backend)
     if reason is not None:
-        raise RuntimeError(
-            f"backend of {op}; got {backend!r}, but {reason}; accepted here: {available_backends()[op]}"
-        )
+        raise RuntimeError(f"backend of {op}; got {backend!r}, but {reason}; accepted here: {available_backends()[op]}")

@@ -18,30 +18,28 @@ T* at(Address address) {
 
 void bind_pgd_step(nb::module_ module) {
   namespace op = pbe::pgd_step;
-  module.def(
-      "run",
-      [](Address adv, Address grad, Address origin, Address adv_next, Address model_input, int grad_type,
-         int input_type, std::int64_t images, std::int64_t channels, std::int64_t pixels, bool channels_last,
-         Address mean, Address std, float eps, float alpha, int norm, int threads) {
-        const op::Step step{at<const float>(adv),
-                            at<const float>(origin),
-                            at<float>(adv_next),
-                            at<const void>(grad),
-                            at<void>(model_input),
-                            static_cast<pbe::DType>(grad_type),
-                            static_cast<pbe::DType>(input_type),
-                            images,
-                            channels,
-                            pixels,
-                            channels_last,
-                            at<const float>(mean),
-                            at<const float>(std),
-                            eps,
-                            alpha,
-                            static_cast<op::Norm>(norm)};
-        const nb::gil_scoped_release nogil;
-        op::run(step, threads);
-      });
+  module.def("run", [](Address adv, Address grad, Address origin, Address adv_next, Address model_input, int grad_type,
+                       int input_type, std::int64_t images, std::int64_t channels, std::int64_t pixels,
+                       bool channels_last, Address mean, Address std, float eps, float alpha, int norm, int threads) {
+    const op::Step step{at<const float>(adv),
+                        at<const float>(origin),
+                        at<float>(adv_next),
+                        at<const void>(grad),
+                        at<void>(model_input),
+                        static_cast<pbe::DType>(grad_type),
+                        static_cast<pbe::DType>(input_type),
+                        images,
+                        channels,
+                        pixels,
+                        channels_last,
+                        at<const float>(mean),
+                        at<const float>(std),
+                        eps,
+                        alpha,
+                        static_cast<op::Norm>(norm)};
+    const nb::gil_scoped_release nogil;
+    op::run(step, threads);
+  });
 }
 
 }  // namespace

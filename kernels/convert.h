@@ -12,9 +12,7 @@ namespace pbe {
 // The codes of backends.DTYPE_CODE in Python.
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, u8 = 3 };
 
-PBE_INLINE std::int64_t size_of(DType type) {
-  return type == DType::f32 ? 4 : type == DType::u8 ? 1 : 2;
-}
+PBE_INLINE std::int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::u8 ? 1 : 2; }
 
 PBE_INLINE const void* advance(const void* data, std::int64_t elements, DType type) {
   return static_cast<const char*>(data) + elements * size_of(type);
@@ -36,9 +34,7 @@ PBE_INLINE std::uint32_t bits_of_float(float value) {
   return bits;
 }
 
-PBE_INLINE float from_bf16(std::uint16_t half) {
-  return float_of_bits(static_cast<std::uint32_t>(half) << 16);
-}
+PBE_INLINE float from_bf16(std::uint16_t half) { return float_of_bits(static_cast<std::uint32_t>(half) << 16); }
 
 PBE_INLINE std::uint16_t to_bf16(float value) {
   const std::uint32_t bits = bits_of_float(value);
