@@ -72,14 +72,14 @@ def save_npz(data: ImageSet, path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: {error}") from error
 
 
-def _arrays_of(data: ImageSet) -> dict[str, NDArray[Any]]:
+def _arrays_of(data: ImageSet) -> dict[str, Any]:
     tensors = {
         "images": data.images,
         "labels": data.labels,
         "poison_mask": data.poison_mask,
         "true_labels": data.true_labels,
     }
-    stored: dict[str, NDArray[Any]] = {key: t.cpu().numpy() for key, t in tensors.items() if t is not None}
+    stored: dict[str, Any] = {key: t.cpu().numpy() for key, t in tensors.items() if t is not None}
     return stored | {"class_names": np.array(data.class_names), "name": np.array(data.name)}
 
 
