@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+
 from pbe_fast.engine.files import atomic_write, prepare_output, write_text
 from pbe_fast.errors import OutputError
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy
 import torch
+
 from pbe_fast import __version__
 from pbe_fast.engine.machine import describe, git_commit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from pbe_fast.engine import progress as module
 from pbe_fast.engine.progress import progress
 
