@@ -23,6 +23,7 @@ PBE_INLINE float clamp(float value, float low, float high) {
 
 PBE_CLONES void step_linf(const float* adv, const float* origin, const float* grad, float* next, std::int64_t n,
                           float eps, float alpha) {
+#pragma omp simd  // adv may be next
   for (std::int64_t i = 0; i < n; ++i) {
     const float sign = static_cast<float>(grad[i] > 0.0f) - static_cast<float>(grad[i] < 0.0f);
     const float delta = adv[i] + alpha * sign - origin[i];
@@ -32,6 +33,7 @@ PBE_CLONES void step_linf(const float* adv, const float* origin, const float* gr
 
 PBE_CLONES void step_l2(const float* adv, const float* origin, const float* grad, float* next, std::int64_t n,
                         float inverse_norm, float alpha, float shrink) {
+#pragma omp simd  // adv may be next
   for (std::int64_t i = 0; i < n; ++i) {
     // An image without a step must not multiply a NaN by zero.
     const float direction = inverse_norm > 0.0f ? grad[i] * inverse_norm : 0.0f;
@@ -164,6 +166,7 @@ class Worker {
   }
 
   void store_input(std::int64_t at, std::int64_t n) {
+    if (step_.model_input == nullptr) return;
     const float* next = step_.adv_next + at;
     void* out = advance(step_.model_input, at, step_.input_type);
     if (!affine_.used()) return narrow(next, out, step_.input_type, n);
@@ -185,14 +188,15 @@ class Worker {
 }  // namespace
 
 void run(const Step& step, int threads) {
-  const Affine affine(step);
   const std::int64_t per_image = step.channels * step.pixels;
+  if (step.images == 0 || per_image == 0) return;
+  const Affine affine(step);
   if (step.norm == Norm::linf) {
     parallel_for(step.images * per_image, kGrain, threads,
                  [&](std::int64_t begin, std::int64_t end) { Worker(step, affine).linf(begin, end); });
     return;
   }
-  const std::int64_t grain = std::max<std::int64_t>(kGrain / std::max<std::int64_t>(per_image, 1), 1);
+  const std::int64_t grain = std::max<std::int64_t>(kGrain / per_image, 1);
   parallel_for(step.images, grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Worker worker(step, affine);
     for (std::int64_t image = begin; image < end; ++image) worker.l2(image * per_image, (image + 1) * per_image);

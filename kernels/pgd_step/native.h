@@ -15,12 +15,12 @@ struct Step {
   const float* origin;
   float* adv_next;
   const void* grad;
-  void* model_input;
+  void* model_input;  // or null: not wanted
   DType grad_type;
   DType input_type;
   std::int64_t images, channels, pixels;  // pixels = height * width
   bool channels_last;
-  // Per channel, or both null: then model_input holds adv_next itself and grad is taken as it is.
+  // Per channel, or both null: then the model input is adv_next itself and grad is taken as it is.
   const float* mean;
   const float* std;
   float eps, alpha;
