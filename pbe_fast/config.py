@@ -17,10 +17,7 @@ T = TypeVar("T")
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field with the text that ``--help`` prints for it."""
-    metadata = {"help": help, "choices": choices}
-    if dataclasses.is_dataclass(default):
-        return field(default=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def _check(condition: bool, name: str, got: object, accepted: str) -> None:
@@ -31,3 +28,113 @@ def _check(condition: bool, name: str, got: object, accepted: str) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return dataclasses.asdict(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDConfig:
+    """Untargeted PGD (step 1a). Sizes are in pixel units of [0, 1]."""
+
+    norm: str = option("linf", "norm of the ball", ("linf", "l2"))
+    eps: float = option(6 / 255, "radius of the ball, in pixel units of [0, 1]")
+    alpha: float | None = option(None, "step size; a quarter of eps if not given")
+    steps: int = option(7, "number of steps")
+    random_start: bool = option(False, "start at a random point of the ball")
+
+    def __post_init__(self) -> None:
+        _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
+        _check(self.eps > 0, "eps", self.eps, "above 0")
+        _check(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0")
+        _check(self.steps >= 1, "steps", self.steps, "1 or more")
+
+    @property
+    def step_size(self) -> float:
+        """``alpha``, or its default."""
+        return self.eps / 4 if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """SGD of the fine-tuning steps (1b and 2)."""
+
+    lr: float = option(1e-2, "peak learning rate")
+    batch_size: int = option(128, "images per update")
+    momentum: float = option(0.9, "momentum")
+    weight_decay: float = option(5e-4, "weight decay")
+    nesterov: bool = option(False, "Nesterov momentum")
+    warmup: float = option(0.0, "share of the updates over which the learning rate rises")
+    augment: str = option(
+        "crop", "augmentation: none, crop (random shifts) or crop+flip", ("none", "crop", "crop+flip")
+    )
+    mix_clean: bool = option(True, "put the unperturbed images beside the adversarial ones in every batch")
+    distill_weight: float = option(
+        1.0, "weight of keeping the infected model's logits on the extra set; 0 is the paper"
+    )
+    distill_temperature: float = option(2.0, "temperature of that term")
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "lr", self.lr, "above 0")
+        _check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
+        _check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
+        _check(self.augment in ("none", "crop", "crop+flip"), "augment", self.augment, "none, crop, crop+flip")
+        _check(self.distill_weight >= 0, "distill_weight", self.distill_weight, "0 or more")
+        _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurifyConfig:
+    """Algorithm 1: its rounds, their fractions, and the fine-tuning in each.
+
+    The defaults depart from the paper where that was measured to help (docs/recipe.md); `PurifyConfig.paper` is
+    Algorithm 1 to the letter.
+    """
+
+    pgd: PGDConfig = option(PGDConfig(), "step 1a")
+    finetune: FineTuneConfig = option(FineTuneConfig(), "steps 1b and 2")
+    adversarial_epochs: int = option(5, "epochs of step 1b")
+    clean_epochs: int = option(10, "epochs of step 2")
+    min_steps: int = option(60, "updates that steps 1b and 2 get at least, however small the extra set is")
+    fractions: tuple[float, ...] = option(
+        (0.10, 0.20, 0.40, 0.50, 0.70, 0.70), "without a clean set: the extra set's share of the training set, by round"
+    )
+    initial: str = option(
+        "hard",
+        "the first extra set: random (the paper), or drawn from the hardest images of each label",
+        ("hard", "random"),
+    )
+    hard_quantile: float = option(0.3, "how much of each label counts as hard")
+
+    def __post_init__(self) -> None:
+        _check(self.adversarial_epochs >= 1, "adversarial_epochs", self.adversarial_epochs, "1 or more")
+        _check(self.clean_epochs >= 0, "clean_epochs", self.clean_epochs, "0 or more")
+        _check(self.min_steps >= 0, "min_steps", self.min_steps, "0 or more")
+        _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
+        _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
+        _check(self.initial in ("hard", "random"), "initial", self.initial, "hard, random")
+        _check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
+
+    @classmethod
+    def paper(cls) -> PurifyConfig:
+        """Algorithm 1 to the letter: no distillation, no clean images in step 1b, a random first extra set."""
+        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), initial="random", min_steps=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Training an infected model."""
+
+    attack: str = option("blend", "the attack", ("badnets", "blend", "sig", "wanet"))
+    setting: str = option("all_to_one", "one target label, or y + 1", ("all_to_one", "all_to_all"))
+    target_label: int = option(0, "the label that all-to-one aims at")
+    poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
+    epochs: int = option(10, "epochs of training")
+    training: FineTuneConfig = option(
+        FineTuneConfig(lr=0.05, nesterov=True, warmup=0.1, augment="crop+flip", mix_clean=False, distill_weight=0.0),
+        "its SGD",
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.setting in ("all_to_one", "all_to_all"), "setting", self.setting, "all_to_one, all_to_all")
+        _check(0 < self.poison_rate < 1, "poison_rate", self.poison_rate, "a fraction between 0 and 1")
+        _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")

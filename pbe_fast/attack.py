@@ -1,0 +1,108 @@
+"""Training an infected model: the attacker's side, to have something to purify and to measure on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pbe_fast.config import AttackConfig
+from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.finetune import FineTuner, steps_per_epoch
+from pbe_fast.models import check_model
+from pbe_fast.poison import check_target, poison
+from pbe_fast.triggers import Trigger, make_trigger
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InfectedModel:
+    """What an attack leaves behind.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        train_data: The poisoned training set, with ``poison_mask`` and ``true_labels``. Of an attack that draws its
+            poisoned subset anew in each epoch, one such draw.
+        trigger: For `triggered_test_set`.
+        config: The options of the attack.
+        losses: Mean training loss by epoch.
+        seed: Of the run.
+    """
+
+    model: nn.Module
+    train_data: ImageSet
+    trigger: Trigger
+    config: AttackConfig
+    losses: list[float]
+    seed: int
+
+
+def train_infected(
+    model: nn.Module,
+    train_data: Any,
+    *,
+    config: AttackConfig | None = None,
+    trigger: Trigger | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool = True,
+) -> InfectedModel:
+    """Train ``model`` (a copy of it) on poisoned images.
+
+    Args:
+        model: Returns (B, K) logits for float images in [0, 1].
+        train_data: Clean images, in any form that `as_image_set` takes.
+        config: Attack, poison rate, target, training.
+        trigger: In place of the one that ``config.attack`` names.
+        seed: Fixes every random choice, the trigger's included.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "fp32" or "bf16".
+        progress: Whether to show a bar.
+
+    Raises:
+        InputError: An attack that the data do not allow (for SIG, a rate above the target class's size), before any
+            work starts.
+    """
+    config = config or AttackConfig()
+    where = resolve_device(device)
+    clean = as_image_set(train_data, progress=progress)
+    check_target(config.setting, config.target_label, clean.num_classes)
+    check_model(model, clean.image_shape, clean.num_classes)
+    trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
+
+    def draw(epoch: int) -> ImageSet:
+        return poison(
+            clean,
+            trigger,
+            poison_rate=config.poison_rate,
+            setting=config.setting,
+            target_label=config.target_label,
+            seed=seed * 10_007 + epoch,
+        ).to(where)
+
+    poisoned = draw(0)
+    trained = copy.deepcopy(model).to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tuner = FineTuner(
+        trained,
+        config.training,
+        total_steps=config.epochs * steps_per_epoch(len(clean), config.training.batch_size),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=resolve_precision(where, precision),
+        show_progress=progress,
+    )
+    losses = []
+    for epoch in range(config.epochs):
+        data = draw(epoch) if trigger.redraw_each_epoch else poisoned
+        losses.append(tuner.epoch(data, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
+    return InfectedModel(
+        model=trained.eval().cpu(),
+        train_data=poisoned.to("cpu"),
+        trigger=trigger,
+        config=config,
+        losses=losses,
+        seed=seed,
+    )

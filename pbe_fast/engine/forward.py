@@ -1,0 +1,81 @@
+"""Logits of a whole image set, in the largest batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pbe_fast.engine.precision import autocast
+from pbe_fast.engine.progress import progress
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) to float32 in [0, 1], channels_last: what every model of the package is fed."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def predict_logits(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 512,
+    desc: str = "",
+    show_progress: bool = False,
+) -> Tensor:
+    """The model's logits, in eval mode and without gradients.
+
+    The train/eval state of every submodule is afterwards as it was. A batch that does not fit in the device's memory
+    is halved, never dropped.
+
+    Args:
+        model: Returns (B, K) logits for float images in [0, 1].
+        images: (N, C, H, W) uint8, on the model's device.
+        dtype: Of the matrix products.
+        batch_size: Images at a time, at most.
+        desc: Text of the progress bar.
+        show_progress: Whether there is one.
+
+    Returns:
+        (N, K) float32 on the device of ``images``.
+    """
+    out: Tensor | None = None
+    start = 0
+    with eval_mode(model), torch.inference_mode(), autocast(images.device, dtype):
+        bar = progress(range(len(images)), desc=desc, enabled=show_progress)
+        while start < len(images):
+            try:
+                logits = model(to_input(images[start : start + batch_size])).float()
+            except torch.cuda.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
+                torch.cuda.empty_cache()
+                continue
+            if out is None:
+                out = torch.empty(len(images), logits.shape[1], device=images.device)
+            out[start : start + len(logits)] = logits
+            start += len(logits)
+            bar.update(len(logits))
+        bar.close()
+    assert out is not None
+    return out.clone()  # a normal tensor: those made in inference mode cannot be saved for a backward pass
+
+
+class eval_mode:
+    """Context: the model in eval mode; afterwards every submodule is in the mode that it was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._restore: list[Callable[[], object]] = []
+
+    def __enter__(self) -> nn.Module:
+        self._training = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        return self._model
+
+    def __exit__(self, *exc: object) -> None:
+        for module, training in self._training:
+            module.training = training

@@ -1,0 +1,259 @@
+"""Algorithm 1: Progressive Backdoor Erasing, with a clean set or without."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import PurifyConfig
+from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.errors import InputError
+from pbe_fast.finetune import FineTuner, steps_per_epoch
+from pbe_fast.models import check_model
+from pbe_fast.ranking import Ranking, poisoned_share, rank_images
+from pbe_fast.result import PurifyResult
+
+
+def purify(
+    model: nn.Module,
+    train_data: Any = None,
+    *,
+    clean_data: Any = None,
+    config: PurifyConfig | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool = True,
+) -> PurifyResult:
+    """Erase the backdoor that ``model`` may carry.
+
+    Without ``clean_data``, all rounds of Algorithm 1 on the training set. With it, steps 1 and 2 once, on the clean
+    images; the training set, where given, is then ranked once.
+
+    Args:
+        model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]; pixel normalisation
+            belongs inside (`pbe_fast.Normalized`). It is not changed.
+        train_data: What the model was trained on: an `ImageSet`, a pair (images, labels), a torch Dataset, or a path;
+            see `as_image_set`.
+        clean_data: A few trusted images in any of these forms.
+        config: The algorithm's options.
+        seed: Fixes every random choice.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        precision: "auto", "fp32" or "bf16".
+        progress: Whether steps longer than two seconds show a bar, on stderr.
+
+    Returns:
+        The purified model, the ranking of the training set, and the history of the rounds.
+
+    Raises:
+        InputError: Data or a model that cannot be used, before any work starts.
+    """
+    config = config or PurifyConfig()
+    where = resolve_device(device)
+    train, clean = _load_sets(train_data, clean_data, progress)
+    data = clean if clean is not None else train
+    assert data is not None
+    check_model(model, data.image_shape, data.num_classes)
+    run = _Run(model, config, seed=seed, device=where, precision=precision, progress=progress)
+
+    if clean is not None:
+        return run.with_clean_set(clean.to(where), train.to(where) if train is not None else None)
+    assert train is not None
+    return run.without_clean_set(train.to(where))
+
+
+class _Run:
+    """One run of Algorithm 1; ``model`` is theta^t, ``infected`` stays theta'."""
+
+    def __init__(
+        self, model: nn.Module, config: PurifyConfig, *, seed: int, device: torch.device, precision: str, progress: bool
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.dtype = resolve_precision(device, precision)
+        self.progress = progress
+        self.device = device
+        self.infected = _frozen_copy(model, device)
+        self.model = copy.deepcopy(self.infected).requires_grad_(True)
+        self.original = model
+        self.generator = torch.Generator().manual_seed(seed)
+        self.history: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+
+    def with_clean_set(self, clean: ImageSet, train: ImageSet | None) -> PurifyResult:
+        """Steps 1 and 2, once; then, for the record, step 3."""
+        entry = self._purify_model(clean, round_index=0)
+        ranking = None
+        if train is not None:
+            ranking = self._rank(train, self._logits(self.infected, train, "infected logits"))
+            entry.update(_truth(ranking, None, train))
+        self.history.append(entry)
+        return self._result(ranking, train)
+
+    def without_clean_set(self, train: ImageSet) -> PurifyResult:
+        """Algorithm 1, line by line."""
+        infected_logits = self._logits(self.infected, train, "infected logits")
+        # Initialisation: D_ext^0
+        chosen = initial_extra_set(infected_logits, train.labels, self.config, self.generator)
+        ranking: Ranking | None = None
+        for t in range(len(self.config.fractions)):
+            extra = train.select(chosen, name=f"extra set {t}")
+            # Steps 1 and 2: theta^t becomes theta^(t+1)
+            entry = self._purify_model(extra, round_index=t)
+            # Step 3: the next extra set
+            ranking = self._rank(train, infected_logits)
+            entry.update(_truth(ranking, chosen, train))
+            self.history.append(entry)
+            if t + 1 < len(self.config.fractions):
+                chosen = ranking.top(self.config.fractions[t + 1])
+        return self._result(ranking, train)
+
+    def _purify_model(self, extra: ImageSet, *, round_index: int) -> dict[str, Any]:
+        config = self.config
+        per_epoch = steps_per_epoch(len(extra), config.finetune.batch_size)
+        adversarial_epochs = _at_least(config.adversarial_epochs, config.min_steps, per_epoch)
+        clean_epochs = _at_least(config.clean_epochs, config.min_steps, per_epoch)
+        tuner = FineTuner(
+            self.model,
+            config.finetune,
+            total_steps=(adversarial_epochs + clean_epochs) * per_epoch,
+            generator=self.generator,
+            dtype=self.dtype,
+            teacher=self.infected,
+            show_progress=self.progress,
+        )
+        start = time.perf_counter()
+        # Step 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)
+        with self._phase("adversarial"):
+            adversarial_loss = [
+                tuner.epoch(
+                    extra, attack=config.pgd, desc=f"round {round_index}, adversarial {e + 1}/{adversarial_epochs}"
+                )
+                for e in range(adversarial_epochs)
+            ]
+        # Step 2: the extra set as it is
+        with self._phase("clean"):
+            clean_loss = [
+                tuner.epoch(extra, desc=f"round {round_index}, clean {e + 1}/{clean_epochs}")
+                for e in range(clean_epochs)
+            ]
+        self.model.eval()
+        return {
+            "round": round_index,
+            "extra_set_size": len(extra),
+            "adversarial_loss": adversarial_loss,
+            "clean_loss": clean_loss,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _rank(self, train: ImageSet, infected_logits: Tensor) -> Ranking:
+        with self._phase("ranking"):
+            return rank_images(infected_logits, self._logits(self.model, train, "ranking"))
+
+    def _logits(self, model: nn.Module, data: ImageSet, desc: str) -> Tensor:
+        return predict_logits(model, data.images, dtype=self.dtype, desc=desc, show_progress=self.progress)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _result(self, ranking: Ranking | None, train: ImageSet | None) -> PurifyResult:
+        model = self.model.eval().requires_grad_(True)
+        for original, purified in zip(self.original.parameters(), model.parameters(), strict=True):
+            purified.requires_grad_(original.requires_grad)
+            purified.data = purified.data.to(original.device, original.dtype)
+        for original_buffer, buffer in zip(self.original.buffers(), model.buffers(), strict=True):
+            buffer.data = buffer.data.to(original_buffer.device, original_buffer.dtype)
+        return PurifyResult(
+            model=model,
+            ranking=ranking,
+            history=self.history,
+            config=self.config,
+            seed=self.seed,
+            seconds=self.seconds,
+            precision=str(self.dtype).removeprefix("torch."),
+            train_data=train,
+        )
+
+
+def initial_extra_set(
+    infected_logits: Tensor, labels: Tensor, config: PurifyConfig, generator: torch.Generator
+) -> Tensor:
+    """D_ext^0: indices drawn at random, from all images or from the hardest of each label.
+
+    A trigger is the easiest thing that the infected model has learned, so the images that it finds hard (a high loss)
+    are seldom poisoned, whatever the share of poisoned images under their label.
+
+    Args:
+        infected_logits: (N, K) of the training set.
+        labels: (N,) int64.
+        config: ``fractions[0]`` sets the size, ``initial`` and ``hard_quantile`` the choice.
+        generator: On the CPU.
+
+    Returns:
+        int64 indices.
+    """
+    count = max(1, round(config.fractions[0] * len(labels)))
+    candidates = torch.arange(len(labels), device=labels.device)
+    if config.initial == "hard":
+        loss = F.cross_entropy(infected_logits, labels, reduction="none")
+        share = max(config.hard_quantile, config.fractions[0])
+        candidates = torch.cat([_hardest(loss, (labels == k).nonzero()[:, 0], share) for k in labels.unique()])
+    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
+    return candidates[drawn]
+
+
+def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
+    """The ``share`` of ``indices`` with the highest loss, at least one."""
+    return indices[loss[indices].argsort(descending=True, stable=True)[: max(1, round(share * len(indices)))]]
+
+
+def _at_least(epochs: int, min_steps: int, steps_in_epoch: int) -> int:
+    """``epochs``, or as many as make ``min_steps`` updates; no epochs stay none."""
+    return epochs and max(epochs, -(-min_steps // steps_in_epoch))
+
+
+def _truth(ranking: Ranking, chosen: Tensor | None, train: ImageSet) -> dict[str, Any]:
+    """What can be said of a ranking where it is known which images are poisoned."""
+    if train.poison_mask is None or not 0 < int(train.poison_mask.sum()) < len(train):
+        return {}
+    known: dict[str, Any] = {
+        "ap_of_poisoned": ranking.ap_of_poisoned(train.poison_mask),
+        "ap_of_clean": ranking.ap_of_clean(train.poison_mask),
+    }
+    if chosen is not None:
+        known["extra_set_poison_rate"] = poisoned_share(chosen, train.poison_mask)
+    return known
+
+
+def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    copied: nn.Module = copy.deepcopy(model).to(device=device, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied.eval().requires_grad_(False)
+
+
+def _load_sets(train_data: Any, clean_data: Any, progress: bool) -> tuple[ImageSet | None, ImageSet | None]:
+    if train_data is None and clean_data is None:
+        raise InputError("no data", got="neither train_data nor clean_data", accepted="either or both")
+    train = None if train_data is None else as_image_set(train_data, progress=progress)
+    if clean_data is None:
+        return train, None
+    names = train.class_names if train is not None else None
+    clean = as_image_set(clean_data, class_names=names, progress=progress)
+    if train is not None and clean.image_shape != train.image_shape:
+        raise InputError(
+            "clean images of another shape than the training set's",
+            got=clean.image_shape,
+            accepted=str(train.image_shape),
+        )
+    return train, clean

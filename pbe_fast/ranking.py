@@ -1,0 +1,78 @@
+"""Step 3: all training images ranked by how little the purification changed their logits (Eq. 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pbe_fast.kernels.cosine_rank import cosine_distance, rank
+from pbe_fast.metrics import average_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The training set in the order of Eq. 9, likeliest clean first.
+
+    Attributes:
+        distance: (N,) float32, 1 - score, with full precision near 0: what is ranked by.
+        order: (N,) int64, the images' indices by ascending distance; ties by index, non-finite rows last.
+        num_nonfinite: Images whose logits held a NaN or an infinity.
+    """
+
+    distance: Tensor
+    order: Tensor
+    num_nonfinite: int
+
+    @property
+    def score(self) -> Tensor:
+        """(N,) float32, the cosine of Eq. 9."""
+        return 1 - self.distance
+
+    def top(self, fraction: float) -> Tensor:
+        """The first ``fraction`` of the ranking, at least one image; int64 indices in rank order."""
+        return self.order[: max(1, round(fraction * len(self.order)))]
+
+    def suspected(self) -> Tensor:
+        """(N,) bool: the images beyond the threshold that splits the distances best in two (Otsu, 1979).
+
+        No truth is asked: the threshold is the one with the largest variance between the two sides. Of a set without
+        any poisoned image it still names some, those whose prediction the purification changed most. Images whose
+        logits were not finite are suspected.
+        """
+        finite = self.distance.isfinite()
+        return ~finite | (self.distance > otsu_threshold(self.distance[finite]))
+
+    def ap_of_poisoned(self, poison_mask: Tensor) -> float:
+        """Average precision with the poisoned images as positives, from the ranking's end (chance: their share)."""
+        return average_precision(self.order.flip(0), poison_mask)
+
+    def ap_of_clean(self, poison_mask: Tensor) -> float:
+        """Average precision with the clean images as positives (chance: their share)."""
+        return average_precision(self.order, ~poison_mask)
+
+
+def otsu_threshold(values: Tensor) -> float:
+    """The threshold that splits (N,) values into two sides with the largest variance between their means."""
+    ordered = values.double().sort().values
+    n = len(ordered)
+    if n < 2:
+        return float("inf")
+    left = torch.arange(1, n, device=values.device, dtype=torch.float64)
+    sums = ordered.cumsum(0)
+    mean_left, mean_right = sums[:-1] / left, (sums[-1] - sums[:-1]) / (n - left)
+    between = left * (n - left) * (mean_left - mean_right).square()
+    return float(ordered[int(between.argmax())])
+
+
+def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:
+    """Ranks images by the logits that the infected and the purified model give them, both (N, K)."""
+    distance = cosine_distance(infected_logits, purified_logits)
+    ranked = rank(distance)
+    return Ranking(distance=distance, order=ranked.indices, num_nonfinite=ranked.num_nonfinite)
+
+
+def poisoned_share(indices: Tensor, poison_mask: Tensor) -> float:
+    """The fraction of the images at ``indices`` that is poisoned."""
+    return float(poison_mask[indices].double().mean()) if len(indices) else float("nan")
