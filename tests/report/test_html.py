@@ -1,0 +1,167 @@
+"""The page of a run."""
+
+from __future__ import annotations
+
+import base64
+import copy
+from html.parser import HTMLParser
+
+import pytest
+
+from pbe_fast.errors import InputError
+from pbe_fast.report import write_html
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+REPORT = {
+    "infected": {"acc": 0.99, "asr": 0.998, "asr_with_target": 0.997, "recovered_acc": 0.001},
+    "purified": {"acc": 0.987, "asr": 0.0081, "asr_with_target": 0.1, "recovered_acc": None},
+    "onnx": {
+        "path": "m.onnx",
+        "max_abs_diff": 2.5e-6,
+        "argmax_agreement": 1.0,
+        "acc": 0.987,
+        "asr": 0.0081,
+        "ok": True,
+    },
+    "rounds": [
+        {"round": 0, "extra_size": 50, "ap_poisoned": None, "seconds": {"pgd": 0.1234567, "rank": 2.0}},
+        {"round": 1, "extra_size": 12000, "ap_poisoned": 0.9312, "extra_poison_rate": 0.042, "seconds": {"pgd": 1.0}},
+    ],
+    "seconds": {"purify": 12.3456},
+    "config": {"pgd": {"eps": 0.0235, "random_start": False}, "fractions": [0.1, 0.2]},
+    "seed": 12345,
+    "versions": {"torch": "2.13.0+cpu", "triton": None},
+    "machine": {"processor": "Some CPU", "cores": 2},
+    "sha256": {"inputs": {"model.safetensors": "ab" * 32}, "outputs": {"model.onnx": "cd" * 32}},
+}
+
+
+class Page(HTMLParser):
+    """What a reader sees, and every address that a browser would load."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.words, self.addresses, self.tags = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        if self.open and self.open[-1] not in ("style", "pre"):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def page(tmp_path, report=None, figures=()):
+    path = tmp_path / "report.html"
+    write_html(path, REPORT if report is None else report, list(figures))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_verdict_and_the_tables(tmp_path):
+    found = page(tmp_path)
+    assert "99.8 → 0.8 % attack success 99.0 → 98.7 % accuracy same ONNX file against the model" in found.text
+    models, rounds, *rest = found.tables
+    assert models == [
+        ["", "ACC", "ASR", "ASR with target", "recovered ACC"],
+        ["infected", "99.0", "99.8", "99.7", "0.1"],
+        ["PBE", "98.7", "0.8", "10.0", "–"],
+    ]
+    assert rounds == [
+        ["round", "extra size", "ap poisoned", "seconds: pgd", "seconds: rank", "extra poison rate"],
+        ["0", "50", "–", "0.1235", "2", "–"],
+        ["1", "12,000", "0.9312", "1", "–", "4.2 %"],
+    ]
+    pairs = dict(row for table in rest for row in table)
+    assert pairs["max abs diff"] == "2.5e-06"
+    assert pairs["pgd: random start"] == "no"
+    assert pairs["fractions"] == "0.1, 0.2"
+    assert pairs["seed"] == "12345"
+    assert pairs["triton"] == "–"
+    assert pairs["seconds: purify"] == "12.35"
+    assert pairs["inputs: model.safetensors"] == "ab" * 32
+    assert pairs["outputs: model.onnx"] == "cd" * 32
+
+
+def test_nothing_comes_from_outside(tmp_path):
+    (tmp_path / "figure.png").write_bytes(PNG)
+    found = page(tmp_path, figures=[tmp_path / "figure.png"])
+    (address,) = found.addresses
+    assert base64.b64decode(address.removeprefix("data:image/png;base64,")) == PNG
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not {"script", "link", "iframe"} & set(found.tags)
+    assert all(word not in text for word in ("http://", "https://", "url(", "@import"))
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_every_string_is_escaped(tmp_path):
+    evil = '<script>alert("x")</script>&'
+    report = copy.deepcopy(REPORT)
+    report["config"][evil] = evil
+    report["onnx"]["path"] = evil
+    report["rounds"][0][evil] = evil
+    report[evil] = {evil: [evil]}
+    report["machine"] = evil
+    figure = tmp_path / '"onerror="alert(1)<b>.png'
+    figure.write_bytes(PNG)
+    found = page(tmp_path, report, [figure])
+    assert "script" not in found.tags
+    assert found.tags.count("b") == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert 'onerror="' not in text
+    cells = [cell for table in found.tables for row in table for cell in row]
+    assert evil in cells
+
+
+def test_a_failed_check_and_a_surviving_backdoor_are_not_dressed_up(tmp_path):
+    report = copy.deepcopy(REPORT)
+    report["purified"]["asr"] = 0.6
+    report["onnx"]["ok"] = False
+    found = page(tmp_path, report)
+    assert "99.8 → 60.0 % attack success" in found.text
+    assert "differs ONNX file against the model" in found.text
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count('class="card bad"') == 2
+    assert 'class="card good"' not in text
+
+
+def test_the_smallest_report(tmp_path):
+    found = page(tmp_path, {"purified": {"acc": 0.5}})
+    assert "50.0 % accuracy" in found.text
+    assert "attack success" not in found.text
+    assert found.tables == [[["", "ACC"], ["PBE", "50.0"]]]
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match="accepted: at least one of infected"):
+        page(tmp_path, {"rounds": []})
+    (tmp_path / "figure.png").write_text("<svg onload=alert(1)>")
+    for name in ("figure.png", "absent.png"):
+        with pytest.raises(InputError, match=f"{name}.*accepted: a PNG file"):
+            page(tmp_path, figures=[tmp_path / name])
+    assert not (tmp_path / "report.html").exists()
