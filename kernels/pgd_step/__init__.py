@@ -185,6 +185,8 @@ def _check_model_input(adv: Tensor, model_input: Tensor, layout: torch.memory_fo
     if not fits or model_input.device != adv.device:
         got = f"{tuple(model_input.shape)}, strides {model_input.stride()}, on {model_input.device}"
         raise ValueError(f"model_input; got {got}; accepted: shape, layout and device of adv")
+    if model_input is adv:
+        raise ValueError("model_input; got adv; accepted: memory of its own")
 
 
 def _run_reference(step: Step) -> None:

@@ -1,0 +1,77 @@
+# Everything runs in an environment of its own, .venv; `make demo` or `make test` sets it up on first use.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types kernels-report sanitize bench bench-gpu clean
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+# onnxruntime has one build with CUDA and one without, and they exclude each other.
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h')
+# Several test processes with one thread each beat one process with several threads.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+RESULTS := bench/results
+TODAY := $(shell date +%F)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+$(READY): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "error: Python; got $$($(PYTHON) --version 2>&1); accepted: 3.10 or newer (make PYTHON=/path/to/python3.12 ...)"; exit 1; }
+	@command -v c++ >/dev/null || { echo "error: no C++ compiler; accepted: g++ or clang++ as c++ (Debian: apt install g++)"; exit 1; }
+	@echo "== Python environment: .venv, with $$($(PYTHON) --version)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
+	  echo "error: no environment; accepted: a Python with venv and pip (Debian: apt install python3-venv)"; exit 1; }
+	@# Where there is no GPU, PyTorch's own index has a build without gigabytes of CUDA, if it can be reached.
+	@wheels=; if [ $(EXTRA) = cpu ] && [ "$$(uname -s)" = Linux ] && \
+	  $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)/torch/", timeout=5)' 2>/dev/null; \
+	  then wheels="--extra-index-url $(CPU_WHEELS)"; fi; \
+	  echo "== Packages ($(EXTRA) builds, 2 GB) and the native module: one to five minutes"; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $$wheels -e '.[$(EXTRA),test,dev]'
+	@touch $@
+	@echo "== Ready: $$($(BIN)/python -c 'import pbe_fast.kernels.backends as b; print(b.available_backends())')"
+
+demo: $(READY) ## infect a small model, purify it, export and verify it; writes runs/demo
+	@echo "== Demo: digits, into runs/demo"
+	$(BIN)/pbe-fast demo --out runs/demo --force
+
+test: $(READY) ## run the tests
+	@echo "== Tests: $(WORKERS) processes"
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(READY) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*)
+
+format: $(READY) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/native/*)
+
+types: $(READY) ## mypy --strict
+	$(BIN)/mypy
+
+kernels-report: $(READY) ## compile the Triton kernels for three GPU generations; registers, spills, shared memory
+	env -u TRITON_INTERPRET $(BIN)/python -m pbe_fast.kernels.aot
+
+sanitize: $(READY) ## run the native code under AddressSanitizer and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -DPBE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS) -- --no-print-directory
+	build/sanitize/native_test
+
+bench: $(READY) ## race the kernels against their peers on this CPU
+	$(BIN)/pytest bench/speed -m "not gpu" --benchmark-json=$(RESULTS)/kernels-cpu-$(TODAY).json
+
+bench-gpu: $(READY) ## the same on this machine's GPU
+	$(BIN)/pytest bench/speed -m gpu --benchmark-json=$(RESULTS)/kernels-gpu-$(TODAY).json
+
+clean: ## remove builds, caches and the environment
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

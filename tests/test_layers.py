@@ -1,0 +1,75 @@
+"""Imports point to lower layers only, and importing the package starts nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pbe_fast
+
+ROOT = Path(pbe_fast.__file__).parent
+
+# A module may import what stands in a line above its own, and its own package.
+LAYERS = (
+    ("errors",),
+    ("kernels", "config"),
+    ("engine", "torchvision_compat"),
+    ("data", "models", "triggers"),
+    ("poison", "pgd", "metrics"),
+    ("finetune", "ranking"),
+    ("purify", "attack", "defenses", "scan"),
+    ("export", "report", "distributed"),
+    ("cli",),
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path: Path) -> set[str]:
+    """The parts of pbe_fast that a file imports, wherever in it the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "pbe_fast" else {module}
+    return {name.split(".")[1] for name in names if name.startswith("pbe_fast.")}
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _sources() -> list[Path]:
+    # In a source tree kernels/ is a link, which rglob does not follow by itself.
+    found = {*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")}
+    return sorted(found - {ROOT / "__init__.py"})
+
+
+def test_every_import_points_to_a_lower_layer() -> None:
+    wrong = []
+    for path in _sources():
+        part = _part(path)
+        assert part in LAYER, f"{part} has no layer yet: give it one in LAYERS"
+        for target in _imports(path) - {part, "__version__"}:
+            if LAYER.get(target, -1) >= LAYER[part]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_know_nothing_of_the_package() -> None:
+    used = {target for path in _sources() if _part(path) == "kernels" for target in _imports(path)}
+    assert used == {"kernels"}
+
+
+def test_importing_the_package_loads_no_triton_and_touches_no_cuda() -> None:
+    code = (
+        "import sys, pbe_fast, torch\n"
+        "import pbe_fast.kernels.pgd_step, pbe_fast.kernels.warp, pbe_fast.kernels.cosine_rank\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] == 'triton'), torch.cuda.is_initialized())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] False"
