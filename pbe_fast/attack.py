@@ -86,10 +86,11 @@ def train_infected(
 
     poisoned = draw(0)
     trained = copy.deepcopy(model).to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    per_epoch = steps_per_epoch(len(clean), config.training.batch_size)
     tuner = FineTuner(
         trained,
         config.training,
-        total_steps=config.epochs * steps_per_epoch(len(clean), config.training.batch_size),
+        total_steps=config.epochs * per_epoch,
         generator=torch.Generator().manual_seed(seed),
         dtype=resolve_precision(where, precision),
         show_progress=progress,
@@ -97,7 +98,7 @@ def train_infected(
     losses = []
     for epoch in range(config.epochs):
         data = draw(epoch) if trigger.redraw_each_epoch else poisoned
-        losses.append(tuner.epoch(data, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
+        losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
     return InfectedModel(
         model=trained.eval().cpu(),
         train_data=poisoned.to("cpu"),

@@ -92,11 +92,11 @@ class PurifyConfig:
 
     pgd: PGDConfig = option(PGDConfig(), "step 1a")
     finetune: FineTuneConfig = option(FineTuneConfig(), "steps 1b and 2")
-    adversarial_epochs: int = option(5, "epochs of step 1b")
-    clean_epochs: int = option(10, "epochs of step 2")
-    min_steps: int = option(60, "updates that steps 1b and 2 get at least, however small the extra set is")
+    adversarial_steps: int = option(100, "updates of step 1b in each round")
+    clean_steps: int = option(150, "updates of step 2 in each round, at least")
+    clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
     fractions: tuple[float, ...] = option(
-        (0.10, 0.20, 0.40, 0.50, 0.70, 0.70), "without a clean set: the extra set's share of the training set, by round"
+        (0.10, 0.30, 0.60, 0.70), "without a clean set: the extra set's share of the training set, by round"
     )
     initial: str = option(
         "hard",
@@ -106,9 +106,8 @@ class PurifyConfig:
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
 
     def __post_init__(self) -> None:
-        _check(self.adversarial_epochs >= 1, "adversarial_epochs", self.adversarial_epochs, "1 or more")
-        _check(self.clean_epochs >= 0, "clean_epochs", self.clean_epochs, "0 or more")
-        _check(self.min_steps >= 0, "min_steps", self.min_steps, "0 or more")
+        for name in ("adversarial_steps", "clean_steps", "clean_epochs"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
         _check(self.initial in ("hard", "random"), "initial", self.initial, "hard, random")
@@ -117,7 +116,7 @@ class PurifyConfig:
     @classmethod
     def paper(cls) -> PurifyConfig:
         """Algorithm 1 to the letter: no distillation, no clean images in step 1b, a random first extra set."""
-        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), initial="random", min_steps=0)
+        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), initial="random")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -66,27 +67,37 @@ class FineTuner:
             fused=True,
         )
 
-    def epoch(self, data: ImageSet, *, attack: PGDConfig | None = None, desc: str = "fine-tuning") -> float:
-        """One pass over ``data``; with ``attack``, over its adversarial images against the current weights.
+    def run(self, data: ImageSet, *, steps: int, attack: PGDConfig | None = None, desc: str = "fine-tuning") -> float:
+        """Updates on ``data``, pass after pass; with ``attack``, on its adversarial images against the current weights.
 
         Adversarial batches also hold the unperturbed images where ``mix_clean`` says so: half of the loss each.
 
+        Args:
+            data: On the device of the model.
+            steps: Number of updates.
+            attack: Step 1a, or None for step 2.
+            desc: Text of the progress bar.
+
         Returns:
-            The mean loss.
+            The mean loss per image, NaN for no steps.
 
         Raises:
             DivergedError: The mean loss is not finite.
         """
+        if steps == 0:
+            return math.nan
         total = torch.zeros((), device=data.device)
-        batches = list(balanced_batches(len(data), self._config.batch_size, self._generator))
-        for batch in progress(batches, desc=desc, enabled=self._show_progress):
+        seen = 0
+        batches = itertools.islice(endless_batches(len(data), self._config.batch_size, self._generator), steps)
+        for batch in progress(batches, total=steps, desc=desc, enabled=self._show_progress):
             batch = batch.to(data.device)
             images = to_input(augment(data.images[batch], self._config.augment, self._generator))
             labels = data.labels[batch]
             loss = self._adversarial_loss(images, labels, attack) if attack else self._clean_loss(images, labels)
             self._update(loss)
             total += loss.detach() * len(batch)
-        mean = float(total) / len(data)
+            seen += len(batch)
+        mean = float(total) / seen
         if not math.isfinite(mean):
             raise DivergedError(
                 f"{desc} diverged: got a loss of {mean}; a learning rate below {self._config.lr} may help"
@@ -149,3 +160,9 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 def balanced_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """A random order of 0..n-1 in batches whose sizes differ by at most one: no small last batch upsets BN."""
     yield from torch.randperm(n, generator=generator).tensor_split(steps_per_epoch(n, batch_size))
+
+
+def endless_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`balanced_batches`, pass after pass."""
+    while True:
+        yield from balanced_batches(n, batch_size, generator)

@@ -119,33 +119,27 @@ class _Run:
 
     def _purify_model(self, extra: ImageSet, *, round_index: int) -> dict[str, Any]:
         config = self.config
-        per_epoch = steps_per_epoch(len(extra), config.finetune.batch_size)
-        adversarial_epochs = _at_least(config.adversarial_epochs, config.min_steps, per_epoch)
-        clean_epochs = _at_least(config.clean_epochs, config.min_steps, per_epoch)
+        clean_steps = max(
+            config.clean_steps, config.clean_epochs * steps_per_epoch(len(extra), config.finetune.batch_size)
+        )
         tuner = FineTuner(
             self.model,
             config.finetune,
-            total_steps=(adversarial_epochs + clean_epochs) * per_epoch,
+            total_steps=config.adversarial_steps + clean_steps,
             generator=self.generator,
             dtype=self.dtype,
             teacher=self.infected,
             show_progress=self.progress,
         )
         start = time.perf_counter()
-        # Step 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)
+        # Steps 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)
         with self._phase("adversarial"):
-            adversarial_loss = [
-                tuner.epoch(
-                    extra, attack=config.pgd, desc=f"round {round_index}, adversarial {e + 1}/{adversarial_epochs}"
-                )
-                for e in range(adversarial_epochs)
-            ]
+            adversarial_loss = tuner.run(
+                extra, steps=config.adversarial_steps, attack=config.pgd, desc=f"round {round_index}: adversarial"
+            )
         # Step 2: the extra set as it is
         with self._phase("clean"):
-            clean_loss = [
-                tuner.epoch(extra, desc=f"round {round_index}, clean {e + 1}/{clean_epochs}")
-                for e in range(clean_epochs)
-            ]
+            clean_loss = tuner.run(extra, steps=clean_steps, desc=f"round {round_index}: clean")
         self.model.eval()
         return {
             "round": round_index,
@@ -217,11 +211,6 @@ def initial_extra_set(
 def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
     """The ``share`` of ``indices`` with the highest loss, at least one."""
     return indices[loss[indices].argsort(descending=True, stable=True)[: max(1, round(share * len(indices)))]]
-
-
-def _at_least(epochs: int, min_steps: int, steps_in_epoch: int) -> int:
-    """``epochs``, or as many as make ``min_steps`` updates; no epochs stay none."""
-    return epochs and max(epochs, -(-min_steps // steps_in_epoch))
 
 
 def _truth(ranking: Ranking, chosen: Tensor | None, train: ImageSet) -> dict[str, Any]:

@@ -13,7 +13,7 @@ AUGMENTS: tuple[Augment, ...] = ("none", "crop", "crop+flip")
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its height (padding 4 at 32 px, black), and mirror half of them.
+    """Shift each image by up to a sixteenth of its height (2 px at 32, padded black), and mirror half of them.
 
     Args:
         images: (B, C, H, W), any dtype.
@@ -26,7 +26,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "none":
         return images
     batch, _, height, width = images.shape
-    pad = max(1, height // 8)
+    pad = max(1, height // 16)
     windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
     shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator).to(images.device)
     out = windows[torch.arange(batch, device=images.device), :, shift[0], shift[1]]
