@@ -21,6 +21,7 @@ from pbe_fast.errors import InputError, VerificationError
 from pbe_fast.export.graph import Graph, read_graph
 from pbe_fast.export.runtime import Floats, run, start_sessions
 from pbe_fast.export.write import reference_copy
+from pbe_fast.metrics import attack_success
 
 IMAGES, TRIGGERED, RANDOM = "images", "triggered", "random"
 # Batch sizes of the random images, so that a batch dimension frozen at any one of them is found.
@@ -97,8 +98,8 @@ def verify_onnx(
         model: The model it should be. Compared as a CPU, float32, eval-mode copy; not changed.
         images: Clean images with their labels (an `ImageSet`, or anything `as_image_set` takes): all are compared, and
             give ACC.
-        triggered: Images with the trigger; ``labels`` are the attacker's. Those whose ``true_labels`` are already the
-            attacker's are compared, but left out of ASR.
+        triggered: Images with the trigger; ``labels`` are the attacker's, ``true_labels`` the truth. Those where both
+            agree are compared, but left out of ASR.
         providers: onnxruntime providers to run; every one that works on this machine when None.
         tolerance: Largest absolute difference of a logit that is accepted.
         batch_size: Images at a time, besides a first batch of one.
@@ -210,6 +211,12 @@ class _Comparison:
 
 
 def _check_sets(graph: Graph, path: Path, images: ImageSet, triggered: ImageSet | None) -> None:
+    if triggered is not None and triggered.true_labels is None:
+        raise InputError(
+            "triggered images without true labels",
+            got=f"image set '{triggered.name}'",
+            accepted="one whose labels are the attacker's targets and whose true_labels are the truth",
+        )
     for data in (images, triggered) if triggered is not None else (images,):
         if data.image_shape != graph.image_shape:
             raise VerificationError(
@@ -259,11 +266,9 @@ def _onnx_logits(session: Any, source: _Source, provider: str, progress: bool) -
 
 
 def _acc_asr(logits: Mapping[str, Floats], images: ImageSet, triggered: ImageSet | None) -> tuple[float, float | None]:
-    """ACC, and ASR without the images that belonged to the target class before (None where none is left)."""
+    """ACC, and ASR as `pbe_fast.metrics` defines it (None where every triggered image was of the target class)."""
     acc = float((logits[IMAGES].argmax(1) == images.labels.cpu().numpy()).mean())
     if triggered is None:
         return acc, None
-    hits = torch.from_numpy(logits[TRIGGERED].argmax(1)) == triggered.labels.cpu()
-    if triggered.true_labels is not None:
-        hits = hits[(triggered.true_labels != triggered.labels).cpu()]
-    return acc, float(hits.double().mean()) if len(hits) else None
+    asr = attack_success(torch.from_numpy(logits[TRIGGERED].argmax(1)), triggered.to("cpu"))["asr"]
+    return acc, None if math.isnan(asr) else asr

@@ -50,11 +50,12 @@ def write_html(path: str | os.PathLike[str], report: Mapping[str, Any], figures:
     ]
     if report.get("rounds"):
         sections.append(_section("Rounds", _rounds_table(report["rounds"])))
-    sections += [_section(title, _definitions(report[key])) for key, title in SECTIONS.items() if report.get(key)]
+    pairs = [_section(title, _definitions(report[key])) for key, title in SECTIONS.items() if report.get(key)]
     shown = {*MODELS, *SECTIONS, "rounds"}
     rest = {key: value for key, value in report.items() if key not in shown}
     if rest:
-        sections.append(_section("Run", _definitions(rest)))
+        pairs.append(_section("Run", _definitions(rest)))
+    sections.append(f'<div class="columns">{"".join(pairs)}</div>')
     everything = json.dumps(report, indent=2, ensure_ascii=False, default=str)
     sections.append(f"<details><summary>The whole report as JSON</summary><pre>{escape(everything)}</pre></details>")
     write_text(path, _page("Purification report", sections))
@@ -162,7 +163,7 @@ def _spell(key: str, value: Any) -> str:
             return MISSING
         return f"{percent(value)} %" if key.replace(" ", "_") in FRACTIONS else f"{value:.4g}"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 and key != "seed" else str(value)
+        return f"{value:,}" if abs(value) >= 1000 and key != "seed" else str(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(_spell(key, item) for item in value) or "none"
     return str(value)

@@ -24,7 +24,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; }
-thead th { white-space: nowrap; }
+thead th { vertical-align: bottom; }
+.columns { columns: 26rem 2; column-gap: 2rem; }
+.columns section { break-inside: avoid; }
+.columns h2 { padding-top: 2rem; margin-top: 0; }
 .pairs th { font-weight: 400; white-space: nowrap; }
 .pairs td { text-align: left; overflow-wrap: anywhere; }
 details { margin-top: 2rem; color: var(--soft); }
