@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +29,8 @@ def predict_logits(
     is halved, never dropped.
 
     Args:
-        model: Returns (B, K) logits for float images in [0, 1].
-        images: (N, C, H, W) uint8, on the model's device.
+        model: Returns (B, K) logits for float images in [0, 1]; in float32, or in the one dtype of its weights.
+        images: (N, C, H, W) uint8, on the model's device; N of at least 1.
         dtype: Of the matrix products.
         batch_size: Images at a time, at most.
         desc: Text of the progress bar.
@@ -43,14 +41,19 @@ def predict_logits(
     """
     out: Tensor | None = None
     start = 0
-    with eval_mode(model), torch.inference_mode(), autocast(images.device, dtype):
-        bar = progress(range(len(images)), desc=desc, enabled=show_progress)
+    weights = weight_dtype(model)
+    bar = progress(range(len(images)), desc=desc, enabled=show_progress)
+    # no_grad, not inference_mode: what a model keeps from this pass must still do for a later backward pass.
+    with bar, eval_mode(model), torch.no_grad(), autocast(images.device, dtype):
         while start < len(images):
+            logits: Tensor | None = None
             try:
-                logits = model(to_input(images[start : start + batch_size])).float()
-            except torch.cuda.OutOfMemoryError:
+                logits = model(to_input(images[start : start + batch_size]).to(weights)).float()
+            except torch.OutOfMemoryError:
                 if batch_size == 1:
                     raise
+            if logits is None:
+                # Not in the clause above: there the traceback still holds the memory of the batch that failed.
                 batch_size //= 2
                 torch.cuda.empty_cache()
                 continue
@@ -59,9 +62,13 @@ def predict_logits(
             out[start : start + len(logits)] = logits
             start += len(logits)
             bar.update(len(logits))
-        bar.close()
     assert out is not None
-    return out.clone()  # a normal tensor: those made in inference mode cannot be saved for a backward pass
+    return out
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter; float32 where there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 class eval_mode:
@@ -69,7 +76,7 @@ class eval_mode:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._restore: list[Callable[[], object]] = []
+        self._training: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> nn.Module:
         self._training = [(module, module.training) for module in self._model.modules()]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pbe_fast.engine import precision
+from pbe_fast.engine.precision import autocast, resolve_device, resolve_precision
+from pbe_fast.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_device() -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match=f"device; got '{name}'.*accepted: auto, cpu, or cuda"):
+        resolve_device(name)
+
+
+def test_precision_asked_for_by_name() -> None:
+    assert resolve_precision(CPU, "fp32") == torch.float32
+    assert resolve_precision(CPU, "bf16") == torch.bfloat16
+    with pytest.raises(InputError, match="precision; got 'fp16'; accepted: auto, fp32, bf16"):
+        resolve_precision(CPU, "fp16")
+
+
+def test_auto_does_not_change_from_call_to_call() -> None:
+    assert resolve_precision(CPU, "auto") == resolve_precision(CPU, "auto")
+
+
+def test_auto_asks_the_cpu_only_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_prefers_bf16", lambda: True)
+    assert resolve_precision(CPU) == torch.bfloat16
+    assert resolve_precision(torch.device("meta")) == torch.float32
+
+
+def test_the_probe_is_quick_and_leaves_the_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    took = []
+    for _ in range(5):
+        precision._cpu_prefers_bf16.cache_clear()
+        start = time.process_time()
+        precision._cpu_prefers_bf16()
+        took.append(time.process_time() - start)
+    assert torch.get_num_threads() == threads
+    # Of processor time, so that a busy machine does not count.
+    assert min(took) < 0.05
+
+
+def test_autocast_is_on_below_float32_only() -> None:
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    with autocast(CPU, torch.bfloat16):
+        assert F.linear(x, w).dtype == torch.bfloat16
+    with autocast(CPU, torch.float32):
+        assert F.linear(x, w).dtype == torch.float32
