@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from pbe_fast.models.adapters import features, last_linear
+from pbe_fast.models.check import check_model
+from pbe_fast.models.io import load_model, save_model
 from pbe_fast.models.normalized import Normalized
 from pbe_fast.models.preact_resnet import PreActResNet18
-from pbe_fast.models.registry import ModelSpec, build_from_spec, build_model
+from pbe_fast.models.registry import ModelSpec, build_from_spec, build_model, spec_of
 from pbe_fast.models.small_cnn import SmallCNN
 
-__all__ = ["ModelSpec", "Normalized", "PreActResNet18", "SmallCNN", "build_from_spec", "build_model"]
+__all__ = [
+    "ModelSpec",
+    "Normalized",
+    "PreActResNet18",
+    "SmallCNN",
+    "build_from_spec",
+    "build_model",
+    "check_model",
+    "features",
+    "last_linear",
+    "load_model",
+    "save_model",
+    "spec_of",
+]

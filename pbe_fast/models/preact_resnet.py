@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from pbe_fast.errors import InputError
 
-# On AVX-512 machines oneDNN crashes in the backward pass of a strided 1x1 convolution of a channels_last tensor with
-# fewer channels than this; taking every second pixel first gives the same numbers.
+# On some AVX-512 machines oneDNN crashes in the backward pass of a strided 1x1 convolution of a channels_last tensor
+# with fewer channels than this (torch 2.13); taking every second pixel first gives the same numbers.
 _SAFE_STRIDED_CHANNELS = 16
 
 

@@ -20,7 +20,9 @@ from pbe_fast.models.small_cnn import SmallCNN
 from pbe_fast.torchvision_compat import import_torchvision
 
 ACCEPTED_ARCHS = "'preact_resnet18', 'resnet18', 'small_cnn', 'torchvision:NAME' or 'module:function'"
+UNKNOWN_ARCH = "unknown"
 _OURS: dict[str, Callable[..., nn.Module]] = {"preact_resnet18": PreActResNet18, "small_cnn": SmallCNN}
+OWN_ARCHS = tuple(_OURS)
 # These two return tuples in training unless their auxiliary heads are left out.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -30,10 +32,10 @@ class ModelSpec:
     """What it takes to build a network again before its weights are loaded.
 
     Args:
-        arch: As for `build_model`.
+        arch: As for `build_model`, or ``unknown`` for a network that came as an object and not by name.
         num_classes: Number of logits K.
         in_channels: Channels C of the images.
-        image_size: (H, W) in pixels; a single number stands for a square.
+        image_size: (H, W) in pixels; a single number stands for a square; None where it is not known.
         width: Channels of the first stage; None for the architecture's own default, or where it has no such choice.
         mean: Per-channel mean of a `Normalized` wrapper, in units of [0, 1]; None without such a wrapper.
         std: Per-channel standard deviation, as ``mean``.
@@ -45,34 +47,43 @@ class ModelSpec:
     arch: str
     num_classes: int
     in_channels: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None = None
     width: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
-        object.__setattr__(self, "image_size", size)
+        if not isinstance(self.arch, str):
+            raise InputError("arch of a model spec", got=repr(self.arch), accepted=ACCEPTED_ARCHS)
+        if self.image_size is not None:
+            size = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+            if len(size) != 2:
+                raise InputError("image_size of a model spec", got=size, accepted="(height, width) or one number")
+            object.__setattr__(self, "image_size", size)
         for name in ("mean", "std"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(float(v) for v in value))
-        if not isinstance(self.arch, str):
-            raise InputError("arch of a model spec", got=repr(self.arch), accepted=ACCEPTED_ARCHS)
-        if len(size) != 2:
-            raise InputError("image_size of a model spec", got=size, accepted="(height, width) or one number")
-        numbers = {
-            "num_classes": self.num_classes,
-            "in_channels": self.in_channels,
-            "height": size[0],
-            "width": size[1],
-        }
-        if self.width is not None:
-            numbers["network width"] = self.width
-        for name, number in numbers.items():
+        for number in (
+            self.num_classes,
+            self.in_channels,
+            1 if self.width is None else self.width,
+            *(self.image_size or ()),
+        ):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} of a model spec", got=repr(number), accepted="an integer of 1 or more")
+                raise InputError("a number in a model spec", got=repr(self), accepted="integers of 1 or more")
         if (self.mean is None) != (self.std is None):
             raise InputError("mean and std of a model spec", got=f"{self.mean} and {self.std}", accepted="both or none")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images.
+
+        Raises:
+            InputError: The size is not known.
+        """
+        if self.image_size is None:
+            raise InputError("image size of the model", got="none recorded", accepted="a spec with image_size=(H, W)")
+        return (self.in_channels, *self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values."""
@@ -159,6 +170,28 @@ def build_from_spec(spec: ModelSpec) -> nn.Module:
     )
 
 
+def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, int]) -> ModelSpec:
+    """The spec under which a model that came as an object can be saved.
+
+    Our own networks are recognised, bare or inside a `Normalized`; for any other the arch is ``unknown``, and whoever
+    loads the file has to name it.
+
+    Args:
+        model: Any network.
+        num_classes: Number of logits K.
+        image_shape: (C, H, W) of its images.
+    """
+    mean = std = None
+    if isinstance(model, Normalized):
+        mean, std = tuple(model.mean.flatten().tolist()), tuple(model.std.flatten().tolist())
+        model = model.net
+    arch, width = UNKNOWN_ARCH, None
+    for name, kind in _OURS.items():
+        if type(model) is kind and isinstance(model, PreActResNet18 | SmallCNN):
+            arch, width = name, model.conv1.out_channels
+    return ModelSpec(arch, num_classes, image_shape[0], image_shape[1:], width, mean, std)
+
+
 def is_user_code(arch: str) -> bool:
     """Whether building ``arch`` imports a module of the user's."""
     return ":" in arch and not arch.startswith("torchvision:")
@@ -170,6 +203,10 @@ def _build_net(arch: str, num_classes: int, in_channels: int, width: int | None)
         return _OURS[arch](num_classes, in_channels, **own_width)
     if arch == "resnet18" or arch.startswith("torchvision:"):
         return _build_torchvision(arch.removeprefix("torchvision:"), num_classes, in_channels, width)
+    if arch == UNKNOWN_ARCH:
+        raise InputError(
+            "a model saved without its architecture's name", got=repr(arch), accepted=f"arch given as {ACCEPTED_ARCHS}"
+        )
     if is_user_code(arch):
         return _build_user(arch, {"num_classes": num_classes, "in_channels": in_channels, "width": width})
     raise InputError("unknown architecture", got=repr(arch), accepted=ACCEPTED_ARCHS)
@@ -192,7 +229,10 @@ def _build_torchvision(name: str, num_classes: int, in_channels: int, width: int
 
 def _build_user(arch: str, arguments: Mapping[str, int | None]) -> nn.Module:
     function = _import_function(arch)
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise InputError(f"'{arch}' has no readable signature", got=error, accepted="a Python function") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     given = {k: v for k, v in arguments.items() if v is not None and (takes_any or k in named)}

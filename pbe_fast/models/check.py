@@ -1,0 +1,101 @@
+"""Refusing a model that the package cannot work with, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pbe_fast.errors import InputError
+
+_BATCH = 2
+
+
+def check_model(model: object, image_shape: tuple[int, int, int], num_classes: int) -> int:
+    """Run one tiny batch and refuse a model that does not return finite logits (B, K).
+
+    It runs in eval mode, on the model's own device and in its own dtype, without gradients. Train and eval state of
+    every submodule, the buffers and the global random state are the same afterwards, also after an error.
+
+    Args:
+        model: What the user gave.
+        image_shape: (C, H, W) of the images it will see.
+        num_classes: Number of classes of the data; more logits than that are accepted, fewer are not.
+
+    Returns:
+        The number of logits K.
+
+    Raises:
+        InputError: Not a module, a forward pass that fails, an output that is no float tensor (B, K), K below
+            ``num_classes``, or logits that are not finite.
+    """
+    accepted = f"a torch.nn.Module that returns logits (B, K), K of at least {num_classes}"
+    if not isinstance(model, nn.Module):
+        hint = " (build the network, then load_state_dict)" if isinstance(model, dict) else ""
+        raise InputError("model", got=f"{type(model).__name__}{hint}", accepted=accepted)
+    images = _probe(model, image_shape)
+    shape = tuple(images.shape)
+    try:
+        with _untouched(model), torch.no_grad():
+            logits: object = model(images)
+    except Exception as error:
+        raise InputError(
+            f"the model's forward pass fails on images of shape {shape}, {images.dtype} on {images.device}",
+            got=f"{type(error).__name__}: {error}",
+            accepted=f"a model for images (B, {', '.join(map(str, image_shape))})",
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise InputError("output of the model", got=_describe(logits), accepted=accepted)
+    if logits.ndim != 2 or logits.shape[0] != _BATCH or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)} for images of shape {shape}"
+        raise InputError("output of the model", got=got, accepted=accepted)
+    if logits.shape[1] < num_classes:
+        raise InputError(
+            "the model has fewer logits than the data has classes",
+            got=f"{logits.shape[1]} logits and {num_classes} classes",
+            accepted=accepted,
+        )
+    if not bool(logits.isfinite().all()):
+        raise InputError("logits of the model", got="values that are NaN or infinite", accepted="finite logits")
+    return int(logits.shape[1])
+
+
+def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    device, dtype = (floats[0].device, floats[0].dtype) if floats else (torch.device("cpu"), torch.float32)
+    images = torch.rand(_BATCH, *image_shape, generator=torch.Generator().manual_seed(0))
+    return images.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards modes and buffers as they were, whatever the forward pass does to them."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module, _ in modes
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _describe(output: object) -> str:
+    if isinstance(output, dict):
+        return f"{type(output).__name__} with the keys {', '.join(map(str, list(output)[:6]))}"
+    if isinstance(output, tuple | list):
+        return f"{type(output).__name__} of {len(output)}: {', '.join(type(item).__name__ for item in output[:6])}"
+    return type(output).__name__

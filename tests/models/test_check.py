@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pbe_fast.errors import InputError
+from pbe_fast.models import SmallCNN, check_model
+
+
+class Answers(nn.Module):
+    """Answers with whatever a function makes of the images."""
+
+    def __init__(self, answer: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(x)
+
+
+def test_good_models_pass_and_tell_their_number_of_logits() -> None:
+    assert check_model(SmallCNN(10, width=2), (1, 8, 8), 10) == 10
+    assert check_model(SmallCNN(12, width=2), (1, 8, 8), 10) == 12
+    assert check_model(SmallCNN(3, in_channels=3, width=2).to(torch.bfloat16), (3, 9, 11), 3) == 3
+    assert check_model(SmallCNN(3, width=2).double(), (1, 8, 8), 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: (x.flatten(1), x), "got tuple of 2: Tensor, Tensor"),
+        (lambda x: {"logits": x.flatten(1), "loss": 0}, "got dict with the keys logits, loss"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: x, r"torch.float32 of shape \(2, 1, 4, 4\)"),
+        (lambda x: x.flatten(), r"of shape \(32,\)"),
+        (lambda x: x.flatten(1)[:1], r"of shape \(1, 16\) for images of shape \(2, 1, 4, 4\)"),
+        (lambda x: x.flatten(1).long(), "torch.int64 of shape"),
+        (lambda x: x.flatten(1)[:, :9], "got 9 logits and 10 classes"),
+        (lambda x: x.flatten(1) * float("nan"), "NaN or infinite"),
+        (lambda x: x.flatten(1) / 0, "NaN or infinite"),
+    ],
+)
+def test_what_is_not_finite_logits_is_refused(answer: Callable[[Tensor], object], message: str) -> None:
+    with pytest.raises(InputError, match=rf"{message}.*accepted: .*logits"):
+        check_model(Answers(answer), (1, 4, 4), 10)
+
+
+@pytest.mark.parametrize("thing", [None, "model.pt", lambda x: x, SmallCNN])
+def test_what_is_no_module_is_refused(thing: object) -> None:
+    with pytest.raises(InputError, match=f"got {type(thing).__name__}; accepted: a torch.nn.Module"):
+        check_model(thing, (1, 8, 8), 10)
+
+
+def test_a_state_dict_is_told_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"OrderedDict .*load_state_dict"):
+        check_model(SmallCNN(2, width=2).state_dict(), (1, 8, 8), 2)
+
+
+def test_a_failing_forward_names_the_shape() -> None:
+    with pytest.raises(InputError, match=r"images of shape \(2, 3, 8, 8\), torch.float32 on cpu; got RuntimeError"):
+        check_model(SmallCNN(2, width=2), (3, 8, 8), 2)
+
+
+class Restless(nn.Module):
+    """Changes its own buffers and the random state in every forward pass, in eval mode too."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Sequential(SmallCNN(2, width=2), nn.Dropout())
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("latest", torch.zeros(2))
+        self.fails = fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.latest = torch.rand(2)
+        assert not self.net.training
+        if self.fails:
+            raise RuntimeError("late")
+        logits: Tensor = self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_and_the_random_state_are_untouched(fails: bool) -> None:
+    model = Restless(fails).train()
+    model.net[0].bn2.eval()  # as in a model with one frozen layer
+    model.net[0].conv1.weight.grad = torch.ones_like(model.net[0].conv1.weight)
+    modes = {name: module.training for name, module in model.named_modules()}
+    before, latest = copy.deepcopy(model.state_dict()), model.latest
+    random_state = torch.get_rng_state()
+    if fails:
+        with pytest.raises(InputError, match="late"):
+            check_model(model, (1, 8, 8), 2)
+    else:
+        check_model(model, (1, 8, 8), 2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.latest is latest
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(model.net[0].conv1.weight.grad, torch.ones_like(model.net[0].conv1.weight))
+
+
+def test_buffers_made_in_inference_mode_are_no_obstacle() -> None:
+    with torch.inference_mode():
+        model = SmallCNN(2, width=2)
+    assert check_model(model, (1, 8, 8), 2) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_pass_too() -> None:
+    model = torch.jit.script(SmallCNN(2, width=2)).train()
+    assert check_model(model, (1, 8, 8), 2) == 2
+    assert model.training
+    assert model.bn1.training
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_gpu_is_checked_there() -> None:
+    assert check_model(SmallCNN(2, width=2).cuda(), (1, 8, 8), 2) == 2
