@@ -12,6 +12,7 @@ from torch import nn
 from pbe_fast.config import AttackConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.seeding import seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import check_model
 from pbe_fast.poison import check_target, poison
@@ -23,7 +24,7 @@ class InfectedModel:
     """What an attack leaves behind.
 
     Attributes:
-        model: In eval mode, on the CPU.
+        model: In eval mode, on the CPU, in float32.
         train_data: The poisoned training set, with ``poison_mask`` and ``true_labels``. Of an attack that draws its
             poisoned subset anew in each epoch, one such draw.
         trigger: For `triggered_test_set`.
@@ -85,7 +86,9 @@ def train_infected(
         ).to(where)
 
     poisoned = draw(0)
-    trained = copy.deepcopy(model).to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained: nn.Module = copy.deepcopy(model).to(  # type: ignore[call-overload]
+        device=where, dtype=torch.float32, memory_format=torch.channels_last
+    )
     per_epoch = steps_per_epoch(len(clean), config.training.batch_size)
     tuner = FineTuner(
         trained,
@@ -96,9 +99,10 @@ def train_infected(
         show_progress=progress,
     )
     losses = []
-    for epoch in range(config.epochs):
-        data = draw(epoch) if trigger.redraw_each_epoch else poisoned
-        losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
+    with seeded(seed, where):
+        for epoch in range(config.epochs):
+            data = draw(epoch) if trigger.redraw_each_epoch and epoch else poisoned
+            losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
     return InfectedModel(
         model=trained.eval().cpu(),
         train_data=poisoned.to("cpu"),

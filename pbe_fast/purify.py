@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.seeding import seeded
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import check_model
@@ -65,10 +67,11 @@ def purify(
     check_model(model, data.image_shape, data.num_classes)
     run = _Run(model, config, seed=seed, device=where, precision=precision, progress=progress)
 
-    if clean is not None:
-        return run.with_clean_set(clean.to(where), train.to(where) if train is not None else None)
-    assert train is not None
-    return run.without_clean_set(train.to(where))
+    with seeded(seed, where):
+        if clean is not None:
+            return run.with_clean_set(clean.to(where), train.to(where) if train is not None else None)
+        assert train is not None
+        return run.without_clean_set(train.to(where))
 
 
 class _Run:
@@ -210,7 +213,7 @@ def initial_extra_set(
 
 def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
     """The ``share`` of ``indices`` with the highest loss, at least one."""
-    return indices[loss[indices].argsort(descending=True, stable=True)[: max(1, round(share * len(indices)))]]
+    return indices[loss[indices].argsort(descending=True, stable=True)[: math.ceil(share * len(indices))]]
 
 
 def _truth(ranking: Ranking, chosen: Tensor | None, train: ImageSet) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""The global random state, put aside while a run draws from its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, what draws from torch's global generators (dropout does) depends on ``seed`` alone.
+
+    Args:
+        seed: Of the global generators of the CPU and of ``device``.
+        device: Where the run computes.
+
+    Afterwards, also after an error, the global generators go on as if nothing had been drawn.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # Not torch.manual_seed: that would seed the GPUs which are not put aside, too.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
