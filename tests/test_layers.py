@@ -19,8 +19,11 @@ LAYERS = (
     ("data", "models", "triggers"),
     ("poison", "pgd", "metrics"),
     ("finetune", "ranking"),
+    ("result",),
     ("purify", "attack", "defenses", "scan"),
     ("export", "report", "distributed"),
+    ("runs",),
+    ("demo",),
     ("cli",),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

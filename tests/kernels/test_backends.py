@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pbe_fast.kernels import backends
+
+
+def test_every_operation_has_its_reference() -> None:
+    available = backends.available_backends()
+    assert tuple(available) == backends.OPS
+    assert all(versions[0] == "reference" for versions in available.values())
+
+
+@pytest.mark.skipif(backends.native() is None, reason="the native module is not built")
+@pytest.mark.parametrize("op", backends.OPS)
+def test_the_native_build_holds_every_operation(op: str) -> None:
+    assert "native" in backends.available_backends()[op]
+
+
+def test_triton_is_available_where_its_kernels_can_run() -> None:
+    expected = backends.triton_installed() and (backends.triton_interpreted() or torch.cuda.is_available())
+    assert all(("triton" in versions) == expected for versions in backends.available_backends().values())
+
+
+def test_without_the_native_build_the_reference_takes_its_place() -> None:
+    code = """
+import json, torch
+from pbe_fast.kernels.backends import available_backends
+from pbe_fast.kernels.pgd_step import pgd_step
+torch.manual_seed(0)
+images = torch.rand(2, 3, 4, 4)
+arguments = dict(adv=images, grad=torch.randn(2, 3, 4, 4), origin=images, eps=0.1, alpha=0.05)
+fallen_back = pgd_step(**arguments)
+try:
+    pgd_step(**arguments, backend="native")
+    error = ""
+except RuntimeError as exception:
+    error = str(exception)
+same = all(map(torch.equal, fallen_back, pgd_step(**arguments, backend="reference")))
+print(json.dumps([available_backends(), same, error]))
+"""
+    environment = os.environ | {"PBE_FAST_NATIVE": "0"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    available, same, error = json.loads(result.stdout)
+    assert all("native" not in versions for versions in available.values())
+    assert same
+    assert "got 'native', but the native module pbe_fast._native is not built" in error
+    assert "accepted here: ('reference'" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_triton_by_name_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"got 'triton', but (there is no CUDA device|the package triton is not)"):
+        backends.require("pgd_step", "triton")
+
+
+@pytest.mark.parametrize(("op", "backend"), [("pgd_step", "cuda"), ("wrap", "native")])
+def test_unknown_names(op: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{backend}' of '{op}'; accepted: .*'native', 'triton'.*'pgd_step'"):
+        backends.require(op, backend)
