@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig, to_dict
+from pbe_fast.errors import InputError
+from pbe_fast.triggers import TRIGGERS
+
+CONFIGS = (PGDConfig, FineTuneConfig, PurifyConfig, AttackConfig)
+
+WRONG: list[tuple[Any, dict[str, Any]]] = [
+    (PGDConfig, {"norm": "l1"}),
+    (PGDConfig, {"eps": 0.0}),
+    (PGDConfig, {"eps": math.nan}),
+    (PGDConfig, {"alpha": -0.1}),
+    (PGDConfig, {"steps": 0}),
+    (FineTuneConfig, {"lr": 0.0}),
+    (FineTuneConfig, {"lr": math.nan}),
+    (FineTuneConfig, {"batch_size": 1}),
+    (FineTuneConfig, {"momentum": 1.0}),
+    (FineTuneConfig, {"weight_decay": -1e-4}),
+    (FineTuneConfig, {"warmup": 1.5}),
+    (FineTuneConfig, {"augment": "flip"}),
+    (FineTuneConfig, {"distill_weight": -1.0}),
+    (FineTuneConfig, {"distill_temperature": 0.0}),
+    (PurifyConfig, {"adversarial_steps": -1}),
+    (PurifyConfig, {"clean_steps": -1}),
+    (PurifyConfig, {"clean_epochs": -1}),
+    (PurifyConfig, {"fractions": ()}),
+    (PurifyConfig, {"fractions": (0.1, 0.0)}),
+    (PurifyConfig, {"fractions": (0.1, 1.1)}),
+    (PurifyConfig, {"initial": "easy"}),
+    (PurifyConfig, {"hard_quantile": 0.0}),
+    (AttackConfig, {"setting": "one_to_one"}),
+    (AttackConfig, {"poison_rate": 0.0}),
+    (AttackConfig, {"poison_rate": 1.0}),
+    (AttackConfig, {"epochs": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "option"), WRONG, ids=lambda value: str(value))
+def test_a_wrong_value_is_named_with_what_is_accepted(kind: Any, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(InputError) as error:
+        kind(**option)
+    text = str(error.value)
+    assert f"option '{name}'; got {option[name]}" in text
+    assert "accepted: " in text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_defaults_work_cannot_be_changed_and_fit_into_json(kind: Any) -> None:
+    config = kind()
+    name = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, name, None)
+    values = json.loads(json.dumps(to_dict(config)))
+    assert list(values) == [f.name for f in dataclasses.fields(config)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_option_has_a_help_text_and_its_choices_are_accepted(kind: Any) -> None:
+    for option in dataclasses.fields(kind):
+        assert option.metadata["help"], option.name
+        for choice in option.metadata["choices"] or ():
+            assert getattr(kind(**{option.name: choice}), option.name) == choice
+
+
+def test_the_attacks_on_offer_are_the_triggers_there_are() -> None:
+    (attack,) = (f for f in dataclasses.fields(AttackConfig) if f.name == "attack")
+    assert set(attack.metadata["choices"]) == set(TRIGGERS)
+
+
+def test_step_size_is_a_quarter_of_eps_unless_given() -> None:
+    assert PGDConfig(eps=0.4).step_size == pytest.approx(0.1)
+    assert PGDConfig(eps=0.4, alpha=0.3).step_size == 0.3
+
+
+def test_the_paper_s_own_options() -> None:
+    paper = PurifyConfig.paper()
+    assert not paper.finetune.mix_clean
+    assert paper.finetune.distill_weight == 0
+    assert paper.initial == "random"

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import copy
+import math
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import FineTuneConfig, PGDConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.finetune import (
+    DivergedError,
+    FineTuner,
+    balanced_batches,
+    endless_batches,
+    learning_rate_factor,
+    steps_per_epoch,
+)
+from pbe_fast.pgd import pgd_attack
+
+ATTACK = PGDConfig(norm="l2", eps=0.5, steps=3)
+
+
+def plain(**options: object) -> FineTuneConfig:
+    """No augmentation and no distillation unless asked for."""
+    values = {"lr": 0.05, "batch_size": 8, "augment": "none", "distill_weight": 0.0, "warmup": 0.0} | options
+    return FineTuneConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def data() -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (21, 3, 6, 6), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.randint(0, 4, (21,), generator=generator), tuple("abcd"))
+
+
+def network(seed: int = 0) -> nn.Module:
+    """With convolutions whose weights are channels_last, as purify makes them."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 6, 3), nn.Flatten(), nn.Linear(96, 4)
+    )
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def tuner(model: nn.Module, config: FineTuneConfig, steps: int, seed: int = 7, **more: object) -> FineTuner:
+    return FineTuner(model, config, total_steps=steps, generator=torch.Generator().manual_seed(seed), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (7, 7), (8, 7), (100, 32), (129, 128), (1000, 128)])
+def test_batches_hold_every_image_once_and_differ_by_one_at_most(n: int, batch_size: int) -> None:
+    batches = list(balanced_batches(n, batch_size, torch.Generator().manual_seed(0)))
+    sizes = [len(b) for b in batches]
+    assert sorted(torch.cat(batches).tolist()) == list(range(n))
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert len(batches) == steps_per_epoch(n, batch_size) == -(-n // batch_size)
+
+
+def test_the_order_of_the_batches_is_random_and_comes_from_the_generator() -> None:
+    first, again, other = (
+        torch.cat(list(balanced_batches(50, 8, torch.Generator().manual_seed(s)))).tolist() for s in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert first != sorted(first)
+
+
+def test_endless_batches_go_pass_after_pass_each_in_another_order() -> None:
+    batches = list(islice(endless_batches(10, 4, torch.Generator().manual_seed(0)), 9))
+    passes = [torch.cat(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
+    assert all(sorted(p) == list(range(10)) for p in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_the_learning_rate_is_a_half_cosine() -> None:
+    factors = [learning_rate_factor(step, 10, 0.0) for step in range(10)]
+    assert factors == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
+    assert factors[0] == 1
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_the_learning_rate_rises_over_the_warm_up() -> None:
+    factors = [learning_rate_factor(step, 20, 0.25) for step in range(20)]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+    expected = [c * min(1, (step + 1) / 5) for step, c in enumerate(cosine)]
+    assert factors == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_updates_equal_a_literal_loop(data: ImageSet, nesterov: bool) -> None:
+    config = plain(momentum=0.8, weight_decay=0.01, nesterov=nesterov, warmup=0.4)
+    steps = 7  # two passes of three batches, and one batch more
+    model, expected = network(), network()
+    got_loss = tuner(model, config, steps).run(data, steps=steps)
+
+    generator = torch.Generator().manual_seed(7)
+    orders = [torch.randperm(21, generator=generator).tensor_split(3) for _ in range(3)]
+    velocity = [torch.zeros_like(p) for p in expected.parameters()]
+    loss_sum, seen = 0.0, 0
+    expected.train()
+    for step, batch in enumerate([b for order in orders for b in order][:steps]):
+        loss = F.cross_entropy(expected(data.images[batch].float() / 255), data.labels[batch])
+        loss_sum, seen = loss_sum + loss.item() * len(batch), seen + len(batch)
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        rate = 0.05 * min(1, (step + 1) / 2.8) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
+                g = g + 0.01 * p
+                v.copy_(g if step == 0 else 0.8 * v + g)
+                p -= rate * (g + 0.8 * v if nesterov else v)
+    assert got_loss == pytest.approx(loss_sum / seen, rel=1e-4)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_schedule_goes_on_over_several_runs(data: ImageSet) -> None:
+    whole, parts = network(), network()
+    tuner(whole, plain(), 6).run(data, steps=6)
+    one = tuner(parts, plain(), 6)
+    one.run(data, steps=3)
+    one.run(data, steps=3)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _first_batch(n: int, size: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(7)).tensor_split(-(-n // size))[0]
+
+
+def _fresh_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(copy.deepcopy(model).train()(images), labels)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_the_adversarial_loss_is_on_images_attacked_in_eval_mode(data: ImageSet, mix: bool) -> None:
+    model = network()
+    with torch.no_grad():  # so that the statistics kept from training differ from those of a batch
+        model[1].running_mean.fill_(0.3)  # type: ignore[union-attr,operator]
+        model[1].running_var.fill_(4.0)  # type: ignore[union-attr,operator]
+    batch = _first_batch(21, 8)
+    images, labels = data.floats(batch), data.labels[batch]
+    adversarial = pgd_attack(copy.deepcopy(model).eval(), images, labels, ATTACK)
+    if mix:
+        expected = _fresh_loss(model, torch.cat([adversarial, images]), labels.repeat(2))
+    else:
+        expected = _fresh_loss(model, adversarial, labels)
+    got = tuner(model, plain(mix_clean=mix), 1).run(data, steps=1, attack=ATTACK)
+    assert got == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_only_the_updates_touch_the_statistics_of_batch_normalisation(data: ImageSet, mix: bool) -> None:
+    model = network()
+    tuner(model, plain(mix_clean=mix), 5).run(data, steps=5, attack=ATTACK)
+    assert int(model.get_buffer("1.num_batches_tracked")) == 5
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_distillation_adds_the_divergence_from_the_teacher_on_clean_images(data: ImageSet, adversarial: bool) -> None:
+    model, teacher = network(), network(seed=1).eval().requires_grad_(False)
+    teacher.get_parameter("5.weight").mul_(6)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    weight, t = 0.7, 3.0
+    batch = _first_batch(21, 8)
+    images, labels = data.floats(batch), data.labels[batch]
+    if adversarial:
+        attacked = pgd_attack(copy.deepcopy(model).eval(), images, labels, ATTACK)
+        logits = copy.deepcopy(model).train()(torch.cat([attacked, images]))
+        cross_entropy = F.cross_entropy(logits, labels.repeat(2))
+        logits = logits[len(images) :]
+    else:
+        logits = copy.deepcopy(model).train()(images)
+        cross_entropy = F.cross_entropy(logits, labels)
+    # Written out: sum over classes of p_teacher (log p_teacher - log p_student), mean over images.
+    p, q = (teacher(images) / t).softmax(1), (logits / t).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    expected = cross_entropy + weight * t**2 * divergence
+    assert divergence > 0.01
+
+    config = plain(distill_weight=weight, distill_temperature=t)
+    got = tuner(model, config, 1, teacher=teacher).run(data, steps=1, attack=ATTACK if adversarial else None)
+    assert got == pytest.approx(expected.item(), rel=1e-4)
+    assert not teacher.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_distillation_keeps_the_model_near_its_teacher(data: ImageSet) -> None:
+    teacher = network().eval().requires_grad_(False)
+    moved = []
+    for weight in (0.0, 50.0):
+        model = network()
+        tuner(model, plain(lr=0.01, distill_weight=weight), 30, teacher=teacher).run(data, steps=30)
+        moved.append(F.mse_loss(model.eval()(data.floats()), teacher(data.floats())).item())
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_fine_tuning_learns_and_adversarial_fine_tuning_makes_robust(data: ImageSet) -> None:
+    def loss_under_attack(model: nn.Module) -> float:
+        attacked = pgd_attack(model.eval(), data.floats(), data.labels, ATTACK)
+        return F.cross_entropy(model(attacked), data.labels).item()
+
+    clean, robust = network(), network()
+    tuner(clean, plain(), 40).run(data, steps=40)
+    tuner(robust, plain(), 40).run(data, steps=40, attack=ATTACK)
+    assert F.cross_entropy(clean.eval()(data.floats()), data.labels).item() < 0.5
+    assert loss_under_attack(robust) < 0.8 * loss_under_attack(clean)
+
+
+def test_bf16_keeps_weights_and_statistics_in_float32(data: ImageSet) -> None:
+    exact, mixed = network(), network()
+    first = tuner(exact, plain(), 3).run(data, steps=3, attack=ATTACK)
+    second = tuner(mixed, plain(), 3, dtype=torch.bfloat16).run(data, steps=3, attack=ATTACK)
+    assert all(v.dtype == torch.float32 for k, v in mixed.state_dict().items() if "tracked" not in k)
+    assert second == pytest.approx(first, rel=0.05)
+    assert second != first
+
+
+def test_augmentation_is_used(data: ImageSet) -> None:
+    losses = [tuner(network(), plain(augment=kind), 3).run(data, steps=3) for kind in ("none", "crop")]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_no_steps_are_no_loss_and_no_change(data: ImageSet) -> None:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert math.isnan(tuner(model, plain(), 1).run(data, steps=0))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_advice(data: ImageSet) -> None:
+    with pytest.raises(DivergedError, match=r"round 2 diverged: got a loss of .*below 1e\+30 may help"):
+        tuner(network(), plain(lr=1e30), 9).run(data, steps=9, desc="round 2")
