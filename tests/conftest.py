@@ -1,4 +1,4 @@
-"""Markers, real images, and where the Triton kernels run."""
+"""Markers, real images, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -29,9 +29,3 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"PBE_FAST_DATA; got {folder}, which is no folder")
     return folder
-
-
-@pytest.fixture(scope="session")
-def triton_device() -> torch.device:
-    """Where Triton kernels run in this process: the GPU, or the CPU under the interpreter."""
-    return torch.device("cuda" if HAS_GPU else "cpu")

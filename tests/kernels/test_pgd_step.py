@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -262,6 +264,26 @@ def test_threads_do_not_change_the_result() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(bool(backends.missing("pgd_step", "native")), reason="no native backend here")
+def test_native_threads_outlive_a_fork_and_serve_several_callers() -> None:
+    a = case((64, 3, 32, 32), seed=0)
+    expected, _ = pgd_step(**a, eps=0.1, alpha=0.1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pgd_step(**a, eps=0.1, alpha=0.1)  # starts the threads that the child will lack
+        child = os.fork()
+        if child == 0:
+            same = torch.equal(pgd_step(**a, eps=0.1, alpha=0.1)[0], expected)
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        with ThreadPoolExecutor(4) as callers:
+            results = list(callers.map(lambda _: pgd_step(**a, eps=0.1, alpha=0.1)[0], range(40)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 def test_arguments_are_left_alone_and_results_carry_no_gradient() -> None:
