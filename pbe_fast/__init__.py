@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from pbe_fast.attack import train_infected
-from pbe_fast.config import PurifyConfig
-from pbe_fast.data import ImageSet, as_image_set
-from pbe_fast.export import export_onnx, verify_onnx
-from pbe_fast.kernels.backends import available_backends
-from pbe_fast.metrics import evaluate
-from pbe_fast.models import Normalized
-from pbe_fast.poison import poison
-from pbe_fast.purify import purify
-from pbe_fast.result import PurifyResult
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pbe_fast.attack import train_infected
+    from pbe_fast.config import PurifyConfig
+    from pbe_fast.data import ImageSet, as_image_set
+    from pbe_fast.export import export_onnx, verify_onnx
+    from pbe_fast.kernels.backends import available_backends
+    from pbe_fast.metrics import evaluate
+    from pbe_fast.models import Normalized
+    from pbe_fast.poison import poison
+    from pbe_fast.purify import purify
+    from pbe_fast.result import PurifyResult
 
 __version__ = "0.1.0"
 
@@ -29,3 +35,42 @@ __all__ = [
     "train_infected",
     "verify_onnx",
 ]
+
+# Where each name lives. They are imported on first use: torch takes seconds, and `pbe-fast --help` needs none of it.
+_HOMES = {
+    "ImageSet": "data",
+    "Normalized": "models",
+    "PurifyConfig": "config",
+    "PurifyResult": "result",
+    "as_image_set": "data",
+    "available_backends": "kernels.backends",
+    "evaluate": "metrics",
+    "export_onnx": "export",
+    "poison": "poison",
+    "purify": "purify",
+    "train_infected": "attack",
+    "verify_onnx": "export",
+}
+
+
+class _Package(ModuleType):
+    """The package: `purify` and `poison` are functions of it, although modules of these names exist."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a submodule binds it to its name here, which would hide the function of the same name.
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

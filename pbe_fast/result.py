@@ -1,23 +1,34 @@
-"""What `purify` and the other defences return, and how it is saved."""
+"""What `purify` and the other defences return, and the files that keep a run: its ranking and its report."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pbe_fast.config import PurifyConfig, to_dict
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.files import atomic_write, prepare_output, write_text
+from pbe_fast.engine.forward import eval_mode
 from pbe_fast.engine.machine import describe
-from pbe_fast.models import ModelSpec, save_model
+from pbe_fast.errors import InputError
+from pbe_fast.models import ModelSpec, save_model, spec_of
 from pbe_fast.ranking import Ranking
+
+RANKING_NAME = "ranking.csv"
+REPORT_NAME = "report.json"
+# Made from a model that a new run replaces: kept beside the new one they would pass for its own.
+DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,63 +67,154 @@ class PurifyResult:
         return self.ranking.suspected()
 
     def report(self) -> dict[str, Any]:
-        """Everything but the tensors, as plain JSON values."""
-        return {
+        """Everything but the tensors, as plain JSON values: the contents of ``report.json``."""
+        report: dict[str, Any] = {
             "rounds": self.history,
             "seconds": self.seconds,
             "config": to_dict(self.config),
             "seed": self.seed,
             "precision": self.precision,
-            "machine": describe(),
+            **describe(),
         }
+        if self.train_data is not None:
+            report["sha256"] = {"inputs": {"train": self.train_data.sha256()}}
+            if self.ranking is not None:
+                report["ranking"] = summarize(self.ranking, self.train_data)
+        return {name: plain(entry) for name, entry in report.items()}
 
     def save(
         self, folder: str | os.PathLike[str], *, spec: ModelSpec | None = None, force: bool = False, **more: Any
     ) -> Path:
-        """Write ``model.safetensors``, ``ranking.csv`` (index, label, score, suspected) and ``report.json``.
+        """Write ``model.safetensors``, ``config.json``, ``ranking.csv`` and ``report.json``, the report last.
 
         Args:
             folder: Made if need be.
-            spec: How to build the network again; without it the weights can only be loaded with an architecture given.
+            spec: How to build the network again. By default what can be told from the model: all of it for our own
+                networks; for others, `load_model` will ask for the architecture.
             force: Replace what a run left in the folder.
-            more: Further entries of the report.
+            more: Further entries of the report; a dict is merged into an entry that is there already.
 
         Raises:
+            InputError: A model whose logits and channels cannot be told without a ``spec``.
             OutputError: The folder cannot be written to, or holds a run.
         """
         out = prepare_output(folder, force=force)
-        save_model(self.model, spec, out)
+        spec = spec or self._spec()
+        discard(out, DERIVED)
+        save_model(self.model, spec, out, extra={"role": "purified"})
+        names = ["model.safetensors", "config.json"]
         if self.ranking is not None and self.train_data is not None:
-            write_ranking(out / "ranking.csv", self.ranking, self.train_data)
-        report = self.report() | more
-        report["outputs"] = {p.name: sha256_of_file(p) for p in sorted(out.iterdir()) if p.name in _OUTPUTS}
-        write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+            write_ranking(out / RANKING_NAME, self.ranking, self.train_data)
+            names.append(RANKING_NAME)
+        # What was asked for at the top, the circumstances below.
+        write_report(out, {**more, **merged(self.report(), more)}, outputs=names)
         return out
 
+    def _spec(self) -> ModelSpec:
+        if self.train_data is not None:
+            shape = self.train_data.image_shape
+            weight = next(self.model.parameters())
+            with eval_mode(self.model), torch.no_grad():
+                logits = self.model(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+            return spec_of(self.model, num_classes=logits.shape[1], image_shape=shape)
+        convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        if not convolutions or not linears:
+            raise InputError(
+                "spec of a model without a convolution or a linear layer",
+                got="none",
+                accepted="save(folder, spec=ModelSpec(...))",
+            )
+        channels = convolutions[0].in_channels
+        spec = spec_of(self.model, num_classes=linears[-1].out_features, image_shape=(channels, 1, 1))
+        return dataclasses.replace(spec, image_size=None)
 
-_OUTPUTS = ("model.safetensors", "ranking.csv", "model.onnx")
+
+def summarize(ranking: Ranking, data: ImageSet) -> dict[str, Any]:
+    """How many images are suspected, and where the truth is known how many of them rightly so."""
+    suspected = ranking.suspected().to(data.device)
+    summary: dict[str, Any] = {
+        "images": len(data),
+        "suspected": int(suspected.sum()),
+        "not_finite": ranking.num_nonfinite,
+    }
+    if data.poison_mask is not None and 0 < int(data.poison_mask.sum()) < len(data):
+        found = int((suspected & data.poison_mask).sum())
+        summary |= {
+            "poisoned": int(data.poison_mask.sum()),
+            "ap_of_poisoned": ranking.ap_of_poisoned(data.poison_mask),
+            "ap_of_clean": ranking.ap_of_clean(data.poison_mask),
+            "precision": found / summary["suspected"] if summary["suspected"] else None,
+            "recall": found / int(data.poison_mask.sum()),
+        }
+    return summary
 
 
-def write_ranking(path: Path, ranking: Ranking, data: ImageSet) -> None:
-    """The ranking as CSV, most suspicious image first."""
+def write_ranking(path: str | os.PathLike[str], ranking: Ranking, data: ImageSet) -> Path:
+    """The ranking as CSV (index, label, score, suspected), most suspicious image first.
+
+    The score is the cosine of Eq. 9 with seven digits; where it ties, the order of the lines still tells.
+    """
+    path = Path(path)
     suspected = ranking.suspected()
     order = ranking.order.flip(0)
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
+    columns = (order, data.labels[order], ranking.score[order].double(), suspected[order])
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", "label", "score", "suspected"])
-        columns = (order, data.labels[order], ranking.score[order].double(), suspected[order])
         for index, label, score, flag in zip(*(c.tolist() for c in columns), strict=True):
             writer.writerow([index, label, f"{score:.7f}", int(flag)])
+    return path
+
+
+def write_report(folder: Path, report: Mapping[str, Any], *, outputs: Iterable[str]) -> dict[str, Any]:
+    """Write ``report.json`` with the digests of the files called ``outputs``; returns what was written."""
+    digests = {name: sha256_of_file(folder / name) for name in outputs}
+    written = merged(plain(dict(report)), {"sha256": {"outputs": digests}})
+    write_text(folder / REPORT_NAME, json.dumps(written, indent=2, allow_nan=False) + "\n")
+    return written
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The ``report.json`` of a folder; None where there is none that can be read."""
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None
+
+
+def discard(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of an earlier run that a new one makes untrue."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def merged(report: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """``report`` with ``more`` in it; dicts that both hold are merged too, and ``more`` wins."""
+    both = {k: merged(report[k], v) for k, v in more.items() if isinstance(v, Mapping) and _is_dict(report.get(k))}
+    return {**report, **more, **both}
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON has: tuples become lists, paths text, and numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

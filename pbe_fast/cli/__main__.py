@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from pbe_fast.cli import main
+
+main(prog_name="pbe-fast")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pbe_fast.cli.options import (
+    DATA_HELP,
+    INPUT,
+    console_options,
+    device_options,
+    image_size_option,
+    model_options,
+    option,
+    path_option,
+)
+from pbe_fast.cli.shell import Command, Console
+
+_EXAMPLE = """
+pbe-fast evaluate --model infected/ --model purified/ \\
+    --test infected/test.npz --triggered infected/triggered.npz
+"""
+
+
+@click.command(cls=Command, short_help="measure ACC and ASR of models", example=_EXAMPLE)
+@path_option(
+    "--model",
+    "models",
+    section=INPUT,
+    required=True,
+    multiple=True,
+    help="folder of a model, or a weights file; repeat it to compare models",
+)
+@option("--test", section=INPUT, required=True, help=f"clean test images: {DATA_HELP}")
+@option("--triggered", section=INPUT, help="test images with the trigger, as attack writes them; without it, ACC only")
+@image_size_option
+@model_options
+@device_options("fp32")
+@console_options
+def evaluate(
+    *,
+    console: Console,
+    models: tuple[Path, ...],
+    test: str,
+    triggered: str | None,
+    image_size: int | None,
+    arch: str | None,
+    width: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    device: str,
+    precision: str,
+) -> None:
+    """Measure models: accuracy, attack success rate, accuracy on triggered images.
+
+    ASR leaves out the images whose true class is the attacker's target; "ASR with target" counts them.
+    """
+    from pbe_fast import runs
+    from pbe_fast.engine.precision import resolve_device, resolve_precision
+    from pbe_fast.report.tables import metrics_table
+
+    dtype = resolve_precision(resolve_device(device), precision)
+    loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std)[0] for path in models}
+    named = runs.name_models(models)
+    sources = {
+        name: runs.Source.read(origin, image_size=image_size, progress=console.progress)
+        for name, origin in (("test", test), ("triggered", triggered))
+        if origin is not None
+    }
+    runs.require_true_labels(sources.get("triggered"))
+    sets = {name: source.data for name, source in sources.items()}
+    metrics = {
+        name: runs.measure(
+            loaded[path],
+            sets["test"],
+            sets.get("triggered"),
+            device=device,
+            dtype=dtype,
+            progress=console.progress,
+        )
+        for name, path in named.items()
+    }
+    report = {**metrics, **runs.provenance(named, sources)}
+    console.result(metrics_table(metrics), report)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pbe_fast.cli.options import (
+    DATA_HELP,
+    INPUT,
+    OUTPUT,
+    config_options,
+    console_options,
+    device_options,
+    force_option,
+    image_size_option,
+    model_options,
+    option,
+    path_option,
+    seed_option,
+    with_values,
+)
+from pbe_fast.cli.shell import Command, Console, open_output
+from pbe_fast.cli.texts import ranking_text
+from pbe_fast.config import PurifyConfig
+from pbe_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from pbe_fast.data import ImageSet
+
+_EXAMPLE = """
+pbe-fast purify --model infected/ --out purified/
+pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
+pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out purified/
+"""
+RECIPES = {"pbe": PurifyConfig(), "paper": PurifyConfig.paper()}
+
+
+@click.command(cls=Command, short_help="erase the backdoor, rank the training images", example=_EXAMPLE)
+@path_option(
+    "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth"
+)
+@option("--train", section=INPUT, help=f"what it was trained on: {DATA_HELP}  [default: train.npz in MODEL, if there]")
+@option("--clean", section=INPUT, help="trusted images, likewise: steps 1 and 2 once, on them")
+@option(
+    "--clean-count",
+    section=INPUT,
+    type=click.IntRange(1),
+    metavar="N",
+    help="use only this many of --clean, drawn by class",
+)
+@option("--test", section=INPUT, help="test images, for the report  [default: test.npz in MODEL, if there]")
+@option(
+    "--triggered",
+    section=INPUT,
+    help="test images with the trigger, as attack writes them  [default: triggered.npz in MODEL, if there]",
+)
+@image_size_option
+@model_options
+@option(
+    "--recipe",
+    section="Purification",
+    type=click.Choice(tuple(RECIPES)),
+    default="pbe",
+    show_default=True,
+    help="where the options below start from: pbe, or the paper to the letter; each can be overruled",
+)
+@config_options(PurifyConfig(), "Purification", others={"paper": RECIPES["paper"]})
+@path_option("--out", section=OUTPUT, required=True, help="folder for the purified model, ranking.csv and report.json")
+@force_option
+@seed_option
+@device_options("auto")
+@console_options
+def purify(
+    *,
+    console: Console,
+    model: Path,
+    train: str | None,
+    clean: str | None,
+    clean_count: int | None,
+    test: str | None,
+    triggered: str | None,
+    image_size: int | None,
+    arch: str | None,
+    width: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    recipe: str,
+    out: Path,
+    force: bool,
+    seed: int,
+    device: str,
+    precision: str,
+    **flags: Any,
+) -> None:
+    """Erase the backdoor that a model may carry, and rank its training images.
+
+    Without --clean, all rounds of Algorithm 1 on the training images. Writes model.safetensors, config.json,
+    ranking.csv (index, label, score, suspected), report.json and report.html.
+    """
+    config = with_values(RECIPES[recipe], flags)
+    if clean_count is not None and clean is None:
+        raise click.UsageError("--clean-count needs --clean, to draw from")
+    if out.resolve() == model.resolve():
+        raise InputError("--out", got=f"{out}, which is --model", accepted="another folder")
+    open_output(out, force=force)
+
+    import pbe_fast
+    from pbe_fast import runs
+    from pbe_fast.engine.precision import resolve_device
+    from pbe_fast.models import check_model
+    from pbe_fast.report.tables import metrics_table
+
+    clock = runs.Clock()
+    resolve_device(device)
+    infected, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    with clock.phase("reading"):
+        sources = runs.purification_sets(
+            model,
+            train=train,
+            clean=clean,
+            clean_count=clean_count,
+            test=test,
+            triggered=triggered,
+            image_size=image_size,
+            seed=seed,
+            progress=console.progress,
+        )
+    sets = {name: source.data for name, source in sources.items() if source is not None}
+    for data in sets.values():
+        check_model(infected, data.image_shape, data.num_classes)
+    console.note(_plan(sets, config))
+    result = pbe_fast.purify(
+        infected,
+        sets.get("train"),
+        clean_data=sets.get("clean"),
+        config=config,
+        seed=seed,
+        device=device,
+        precision=precision,
+        progress=console.progress,
+    )
+    with clock.phase("evaluation"):
+        metrics = {
+            name: runs.measure(
+                candidate, sets.get("test"), sets.get("triggered"), device=device, progress=console.progress
+            )
+            for name, candidate in (("infected", infected), ("purified", result.model))
+        }
+    result.save(
+        out,
+        spec=spec,
+        force=force,
+        **metrics,
+        onnx=None,
+        recipe=recipe,
+        seconds=clock.seconds(),
+        sha256={"inputs": runs.describe_inputs({"model": model}, sources)},
+    )
+    report = runs.illustrate(out, result, sets.get("test"), sets.get("triggered"))
+    console.note(f"wrote {out}: {', '.join([*report['sha256']['outputs'], 'report.json', 'report.html'])}")
+    lines = [metrics_table(metrics)] if "test" in sets else []
+    lines.append(ranking_text(report["ranking"]) if "ranking" in report else "no training images were given to rank")
+    console.result("\n".join(lines), report)
+
+
+def _plan(sets: Mapping[str, ImageSet], config: PurifyConfig) -> str:
+    train, clean = sets.get("train"), sets.get("clean")
+    if clean is None:
+        assert train is not None
+        return f"no clean set: {len(config.fractions)} rounds over {len(train):,} training images of {train.name}"
+    ranked = f", then ranking {len(train):,} training images" if train is not None else ""
+    return f"one round on {len(clean):,} clean images of {clean.name}{ranked}"

@@ -1,0 +1,37 @@
+"""Findings of a report as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def ranking_text(summary: Mapping[str, Any]) -> str:
+    """How many images are suspected, and how right that is where the truth is known."""
+    text = f"suspected: {summary['suspected']:,} of {summary['images']:,} training images"
+    if "recall" not in summary:
+        return text
+    return (
+        f"{text}, {_percent(summary['precision'])} of them poisoned; {_percent(summary['recall'])} of the "
+        f"{summary['poisoned']:,} poisoned images are among them (AP {summary['ap_of_poisoned']:.2f})"
+    )
+
+
+def onnx_text(onnx: Mapping[str, Any]) -> str:
+    """What the comparison of an ONNX file with its model gave."""
+    largest = onnx["max_abs_diff"]
+    verdict = "computes what the model computes" if onnx["ok"] else "differs from the model"
+    count = onnx["images_compared"] + onnx["random_images"]
+    measured = f"ACC {_percent(onnx['acc'])}" + (f", ASR {_percent(onnx['asr'])}" if onnx["asr"] is not None else "")
+    return "\n".join(
+        [
+            f"{onnx['path']} {verdict}:",
+            f"  {count:,} images on {', '.join(onnx['providers'])}: {measured}",
+            f"  equal predictions {_percent(onnx['argmax_agreement'], 2)}, largest difference of a logit "
+            + ("not finite" if largest is None else f"{largest:.1e}"),
+        ]
+    )
+
+
+def _percent(fraction: float | None, digits: int = 1) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"

@@ -1,0 +1,35 @@
+"""Runs as folders: what an attack and a purification leave in one, and what the next step finds there."""
+
+from __future__ import annotations
+
+from pbe_fast.runs.folder import (
+    Clock,
+    add_to_report,
+    describe_inputs,
+    illustrate,
+    models_of,
+    provenance,
+    save_infected,
+)
+from pbe_fast.runs.networks import measure, name_models, new_model, open_model, rank_with
+from pbe_fast.runs.sources import Source, purification_sets, require_same_kind, require_true_labels, reserve
+
+__all__ = [
+    "Clock",
+    "Source",
+    "add_to_report",
+    "describe_inputs",
+    "illustrate",
+    "measure",
+    "models_of",
+    "name_models",
+    "new_model",
+    "open_model",
+    "provenance",
+    "purification_sets",
+    "rank_with",
+    "require_same_kind",
+    "require_true_labels",
+    "reserve",
+    "save_infected",
+]

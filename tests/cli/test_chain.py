@@ -1,0 +1,197 @@
+"""attack, purify, rank, evaluate, export, verify: each reads what the one before it wrote."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from pbe_fast.cli import main
+from pbe_fast.data import as_image_set
+from pbe_fast.models import load_model
+
+METRICS = {"acc", "asr", "asr_with_target", "recovered_acc"}
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def report_of(*args: object) -> dict:
+    result = run(*args, "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def infected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("chain") / "infected"
+    arch = ("--arch", "small_cnn", "--width", 4, "--epochs", 3, "--lr", 0.1, "--batch-size", 64)
+    sets = ("--data", "digits:train", "--test", "digits:test", "--limit", 300, "--clean-count", 60)
+    result = run("attack", *sets, *arch, "--seed", 3, "--precision", "fp32", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("| model")
+    assert "poisoned 30 of 300 images" in result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def purified(infected: Path) -> Path:
+    out = infected.parent / "purified"
+    few = ("--adversarial-steps", 2, "--clean-steps", 2, "--clean-epochs", 0, "--steps", 2, "--eps", "12/255")
+    result = run("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "suspected: " in result.stdout
+    return out
+
+
+def test_attack_writes_all_that_the_next_steps_need(infected: Path) -> None:
+    assert {p.name for p in infected.iterdir()} == {
+        "model.safetensors", "config.json", "train.npz", "clean.npz", "test.npz", "triggered.npz",
+        "poison_indices.json", "report.json",
+    }  # fmt: skip
+    train, clean, test, triggered = (
+        as_image_set(infected / f"{n}.npz") for n in ("train", "clean", "test", "triggered")
+    )
+    assert (len(train), len(clean), len(test), len(triggered)) == (300, 60, 359, 359)
+    assert train.poison_mask is not None and train.true_labels is not None
+    indices = json.loads((infected / "poison_indices.json").read_text())["indices"]
+    assert indices == train.poison_mask.nonzero()[:, 0].tolist()
+    assert (train.labels[indices] == 0).all() and (train.true_labels[indices] != 0).all()
+    assert triggered.true_labels is not None and torch.equal(triggered.true_labels, test.labels)
+    report = json.loads((infected / "report.json").read_text())
+    assert report["infected"].keys() == METRICS and report["seed"] == 3
+    assert report["config"]["epochs"] == 3 == len(report["losses"])
+
+
+def test_the_attack_never_sees_the_clean_set(infected: Path) -> None:
+    train, clean = as_image_set(infected / "train.npz"), as_image_set(infected / "clean.npz")
+    assert train.poison_mask is not None
+    untouched = train.images[~train.poison_mask].flatten(1)
+    everything = as_image_set("digits:train").images.flatten(1)
+    same = (untouched[:, None] == clean.images.flatten(1)[None]).all(-1)
+    twins = sum(len({tuple(row.tolist())}) for row in everything) - len({tuple(row.tolist()) for row in everything})
+    assert twins == 0, "the digits hold no two equal images, or this test shows nothing"
+    assert not same.any()
+
+
+def test_purify_writes_the_model_the_ranking_and_the_report(infected: Path, purified: Path) -> None:
+    assert {p.name for p in purified.iterdir()} == {
+        "model.safetensors", "config.json", "ranking.csv", "report.json", "report.html", "figure.png",
+    }  # fmt: skip
+    report = json.loads((purified / "report.json").read_text())
+    assert report["infected"].keys() == report["purified"].keys() == METRICS
+    assert report["infected"] == json.loads((infected / "report.json").read_text())["infected"]
+    assert report["config"]["pgd"]["eps"] == 12 / 255 and report["config"]["adversarial_steps"] == 2
+    assert report["recipe"] == "pbe" and report["seed"] == 0 and len(report["rounds"]) == 1
+    assert {"reading", "adversarial", "clean", "ranking", "evaluation", "total"} <= report["seconds"].keys()
+    assert report["versions"]["torch"] == str(torch.__version__) and report["machine"]["cores"] >= 1
+    inputs = report["sha256"]["inputs"]
+    assert inputs["model"]["sha256"] == digest(infected / "model.safetensors")
+    assert inputs["clean"]["sha256"] == digest(infected / "clean.npz")
+    for name, value in report["sha256"]["outputs"].items():
+        assert value == digest(purified / name)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_ranking_file(infected: Path, purified: Path) -> None:
+    with (purified / "ranking.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "score", "suspected"]
+    assert sorted(int(row["index"]) for row in rows) == list(range(300))
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores)
+    labels = as_image_set(infected / "train.npz").labels
+    assert all(int(row["label"]) == labels[int(row["index"])] for row in rows)
+    flags = [int(row["suspected"]) for row in rows]
+    report = json.loads((purified / "report.json").read_text())
+    assert flags == sorted(flags, reverse=True) and sum(flags) == report["ranking"]["suspected"] > 0
+
+
+def test_rank_gives_the_same_ranking_from_the_two_models(infected: Path, purified: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again.csv"
+    report = report_of(
+        "rank", "--infected", infected, "--purified", purified, "--data", infected / "train.npz", "--out", out
+    )
+    assert out.read_text() == (purified / "ranking.csv").read_text()
+    assert report["ranking"] == json.loads((purified / "report.json").read_text())["ranking"]
+    assert report["sha256"]["outputs"] == {str(out): digest(out)}
+
+
+def test_evaluate_measures_what_purify_reported(infected: Path, purified: Path) -> None:
+    sets = ("--test", infected / "test.npz", "--triggered", infected / "triggered.npz")
+    report = report_of("evaluate", "--model", infected, "--model", purified, *sets)
+    written = json.loads((purified / "report.json").read_text())
+    assert (report["infected"], report["purified"]) == (written["infected"], written["purified"])
+    table = run("evaluate", "--model", purified, "--test", infected / "test.npz").stdout
+    assert f"{100 * written['purified']['acc']:.1f}" in table and "ASR" not in table
+
+
+def test_without_a_clean_set_all_rounds_of_the_paper(infected: Path, tmp_path: Path) -> None:
+    few = ("--fractions", "0.1,0.5", "--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    report = report_of("purify", "--model", infected, "--recipe", "paper", *few, "--out", tmp_path / "out")
+    assert [entry["extra_set_size"] for entry in report["rounds"]] == [30, 150]
+    assert report["config"]["finetune"]["distill_weight"] == 0 and report["config"]["initial"] == "random"
+    assert all({"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"} <= entry.keys() for entry in report["rounds"])
+
+
+def test_weights_without_a_config_and_images_of_unknown_truth(infected: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((infected / "model.safetensors").read_bytes())
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", weights, "--clean", "digits:train", "--clean-count", 50, *few)
+    report = report_of(*args, "--arch", "small_cnn", "--out", tmp_path / "out")
+    assert report["purified"] == dict.fromkeys(METRICS) and report["rounds"][0]["extra_set_size"] == 50
+    assert not (tmp_path / "out" / "ranking.csv").exists()
+    _, spec = load_model(tmp_path / "out")
+    assert (spec.arch, spec.width) == ("small_cnn", 4)
+
+
+def test_export_and_verify(infected: Path, purified: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = run("export", "--model", purified)
+    assert result.exit_code == 0, result.output
+    onnx = purified / "model.onnx"
+    again = run("export", "--model", purified)
+    assert again.exit_code == 2 and "--force" in again.stderr
+
+    sets = ("--test", infected / "test.npz", "--triggered", infected / "triggered.npz")
+    found = run("verify", "--onnx", onnx, "--model", purified, *sets)
+    assert found.exit_code == 0, found.output
+    assert "computes what the model computes" in found.stdout
+    report = json.loads((purified / "report.json").read_text())
+    assert report["onnx"]["max_abs_diff"] <= 1e-4 and report["onnx"]["argmax_agreement"] == 1.0
+    assert report["onnx"]["acc"] == report["purified"]["acc"] and report["onnx"]["asr"] == report["purified"]["asr"]
+    assert "ONNX file" in (purified / "report.html").read_text()
+
+    other = run("verify", "--onnx", onnx, "--model", infected, *sets)
+    assert other.exit_code == 1
+    assert "differs from the model" in other.stdout and "accepted: 0.0001" in other.stderr
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(onnx.read_bytes()[:2000])
+    assert run("verify", "--onnx", damaged, "--model", purified, *sets).exit_code == 1
+    assert run("verify", "--onnx", tmp_path / "no.onnx", "--model", purified, *sets).exit_code == 2
+
+
+def test_force_replaces_a_run_and_what_was_made_from_it(infected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", out)
+    report_of(*args)
+    (out / "model.onnx").write_bytes(b"made from the old model")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refused = run(*args)
+    assert refused.exit_code == 2 and "already holds a run" in refused.stderr
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    report_of(*args, "--seed", 1, "--force")
+    assert not (out / "model.onnx").exists()
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]

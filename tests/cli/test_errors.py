@@ -1,0 +1,171 @@
+"""Bad input: one line that says what was got and what is accepted, exit code 2, before any work, nothing left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from pbe_fast.cli import main
+from pbe_fast.data import ImageSet, as_image_set, save_npz
+from pbe_fast.models import ModelSpec, SmallCNN, save_model
+
+ATTACK = ("attack", "--data", "digits:train", "--arch", "small_cnn", "--width", "4")
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    save_model(SmallCNN(10, 1, 4), ModelSpec("small_cnn", 10, 1, (16, 16), 4), folder)
+    return folder
+
+
+@pytest.fixture
+def test_set(tmp_path: Path) -> Path:
+    save_npz(as_image_set("digits:test"), tmp_path / "test.npz")
+    return tmp_path / "test.npz"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--data", "nowhere.npz"), "nowhere.npz"),
+        (("--data", "digits:validation"), "'digits:train' or 'digits:test'"),
+        (("--test", "nowhere"), "data that does not exist; got 'nowhere'"),
+        (("--arch", "resnet19"), "unknown architecture; got 'resnet19'"),
+        (("--target", "10"), "target_label; got 10; accepted: 0 to 9"),
+        (("--poison-rate", "1.5"), "option 'poison_rate'; got 1.5"),
+        (("--attack", "sig", "--poison-rate", "0.2"), "got 288 images to poison, but 142 images of class 0"),
+        (("--limit", "2000"), "got 2000 and 0; accepted: together at most 1438"),
+        (("--limit", "1400", "--clean-count", "39"), "got 1400 and 39"),
+        (("--device", "tpu"), "device; got 'tpu"),
+        (("--lr", "-1"), "option 'lr'; got -1.0; accepted: above 0"),
+        (("--trigger-option", "alpha=7"), "got 7"),
+        (("--trigger-option", "colour=red"), "colour"),
+    ],
+)
+def test_attack_refuses(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(*ATTACK, *args, "--out", out)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.stderr.rstrip().endswith(errors[0])
+    assert result.stdout == "" and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("attack",),
+        ("purify", "--model", "m"),
+        (*ATTACK, "--out", "o", "--epochs", "many"),
+        (*ATTACK, "--out", "o", "--lr", "1/0"),
+        (*ATTACK, "--out", "o", "--trigger-option", "alpha"),
+        ("purify", "--model", "m", "--out", "o", "--clean-count", "5"),
+        ("nonsense",),
+        ("attack", "--nonsense"),
+    ],
+)
+def test_wrong_usage(args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr and "Error: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    purify = ("purify", "--model", model)
+    small = tmp_path / "small.npz"
+    save_npz(ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), tuple("0123456789AB")), small)
+    cases = [
+        ((*purify, *out), "got neither train nor clean"),
+        (("purify", "--model", tmp_path / "none", "--train", test_set, *out), "none"),
+        ((*purify, "--clean", test_set, "--out", model), "which is --model"),
+        ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "5000 of 359 images"),
+        ((*purify, "--train", small, *out), "fewer logits than the data has classes; got 10 logits and 12 classes"),
+        ((*purify, "--train", test_set, "--triggered", test_set, *out), "got no clean test images"),
+        ((*purify, "--clean", test_set, "--test", test_set, "--triggered", test_set, *out), "without true labels"),
+        ((*purify, "--clean", test_set, "--fractions", "0.1,2", *out), "each above 0 and at most 1"),
+    ]
+    for args, message in cases:
+        result = run(*args)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr and "one round" not in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_with_code_never_runs(test_set: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"weight": Evil()}, tmp_path / "net.pt")
+    result = run("evaluate", "--model", tmp_path / "net.pt", "--arch", "small_cnn", "--test", test_set)
+    assert result.exit_code == 2 and "mkdir" in result.stderr
+    assert not (tmp_path / "owned").exists()
+
+
+def test_occupied_and_unwritable_places(model: Path, test_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", model):
+        result = run(*ATTACK, "--out", out)
+        assert result.exit_code == 2 and str(out) in result.stderr, result.output
+    ranking = ("rank", "--infected", model, "--purified", model, "--data", test_set, "--out")
+    assert run(*ranking, tmp_path / "file").exit_code == 2
+    assert run(*ranking, tmp_path).exit_code == 2
+    assert (tmp_path / "file").read_text() == "mine"
+    assert run(*ranking, tmp_path / "file", "--force").exit_code == 0
+    assert (tmp_path / "file").read_text().startswith("index,label,score,suspected\n")
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for folder in (out, tmp_path / "other"):
+        assert run(*ATTACK, "--target", "11", "--out", folder).exit_code == 2
+    assert out.is_dir() and (tmp_path / "other" / "notes.txt").read_text() == "mine"
+
+
+def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
+    args = (*ATTACK, "--target", "11", "--out", tmp_path / "out")
+    assert "Traceback" not in run(*args).stderr
+    result = run(*args, "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("error: target_label; got 11")
+
+
+def test_a_fault_of_ours_is_not_taken_for_bad_input(
+    test_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The user's own network fails in a way that nothing foresees: after the check, on the real batch.
+    (tmp_path / "strange_net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.linear = torch.nn.Linear(256, 10)\n"
+        "    def forward(self, x):\n"
+        "        if len(x) > 2:\n"
+        "            raise ZeroDivisionError('out of the blue')\n"
+        "        return self.linear(x.flatten(1))\n"
+        "def make(num_classes):\n"
+        "    return Net()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = run("attack", "--data", test_set, "--arch", "strange_net:make", "--out", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "out of the blue" in result.stderr and "Traceback" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,77 @@
+"""Flags come from the fields of the configs, and go back into them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pbe_fast.cli import main
+from pbe_fast.cli.options import config_fields, number, numbers, with_values
+from pbe_fast.config import AttackConfig, PurifyConfig
+from pbe_fast.errors import InputError
+
+PURIFY, ATTACK = main.commands["purify"], main.commands["attack"]
+
+
+def test_every_option_of_a_purification_has_a_flag() -> None:
+    flags = {param.name for param in PURIFY.params}
+    nested = [PurifyConfig(), PurifyConfig().pgd, PurifyConfig().finetune]
+    fields = {f.name for config in nested for f in dataclasses.fields(config)} - {"pgd", "finetune"}
+    assert fields <= flags
+    assert {f.name for f in config_fields(PurifyConfig(), "")} == fields
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_no_two_options_share_a_name(command: click.Command) -> None:
+    names = [name for param in command.params for name in (*param.opts, *param.secondary_opts)]
+    assert len(names) == len(set(names))
+    assert len({param.name for param in command.params}) == len(command.params)
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_help_has_an_example_that_parses(command: click.Command) -> None:
+    text = CliRunner().invoke(main, [str(command.name), "--help"]).stdout
+    example = text.partition("Example:\n")[2].replace("\\\n", " ")
+    lines = [line.split() for line in example.splitlines() if line.strip()]
+    assert lines
+    for words in lines:
+        assert words[:2] == ["pbe-fast", command.name]
+        command.make_context("pbe-fast", words[2:])
+
+
+def test_help_shows_every_default_and_where_the_paper_differs() -> None:
+    text = " ".join(CliRunner().invoke(main, ["purify", "--help"]).stdout.split())
+    defaults = PurifyConfig()
+    assert f"[default: {defaults.adversarial_steps}" in text
+    assert f"[default: {','.join(f'{f:g}' for f in defaults.fractions)}]" in text
+    assert "[default: hard; paper: random]" in text
+
+
+@pytest.mark.parametrize("config", [PurifyConfig(), PurifyConfig.paper(), AttackConfig()])
+def test_values_of_flags_reach_the_field(config: object) -> None:
+    assert with_values(config, {}) == config
+    assert with_values(config, {field.name: None for field in config_fields(config, "")}) == config
+    for field in config_fields(config, ""):
+        changed = with_values(config, {field.name: field.default if field.default is not None else 0.5})
+        assert {f.name: f.default for f in config_fields(changed, "")}[field.name] == (
+            field.default if field.default is not None else 0.5
+        )
+    assert with_values(config, {"lr": 0.123}) != config
+
+
+def test_a_recipe_is_where_flags_start_from() -> None:
+    config = with_values(PurifyConfig.paper(), {"distill_weight": 0.5, "steps": 3})
+    assert (config.finetune.distill_weight, config.pgd.steps, config.initial) == (0.5, 3, "random")
+    with pytest.raises(InputError, match="option 'steps'; got 0"):
+        with_values(PurifyConfig(), {"steps": 0})
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert (number("6/255"), number("1e-3"), number("-2")) == (6 / 255, 1e-3, -2.0)
+    assert numbers("0.1,1/2") == (0.1, 0.5)
+    for text in ("", "a", "1/", "1/0", "1/2/3"):
+        with pytest.raises(click.BadParameter, match="accepted: a number"):
+            number(text if text != "1/" else "1/ ")
