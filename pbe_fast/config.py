@@ -35,9 +35,9 @@ class PGDConfig:
     """Untargeted PGD (step 1a). Sizes are in pixel units of [0, 1]."""
 
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
-    eps: float = option(6 / 255, "radius of the ball, in pixel units of [0, 1]")
+    eps: float = option(10 / 255, "radius of the ball, in pixel units of [0, 1]")
     alpha: float | None = option(None, "step size; a quarter of eps if not given")
-    steps: int = option(7, "number of steps")
+    steps: int = option(5, "number of steps")
     random_start: bool = option(False, "start at a random point of the ball")
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class FineTuneConfig:
     )
     mix_clean: bool = option(True, "put the unperturbed images beside the adversarial ones in every batch")
     distill_weight: float = option(
-        1.0, "weight of keeping the infected model's logits on the extra set; 0 is the paper"
+        1.0, "weight of keeping the infected model's logits on trusted clean images; 0 is the paper"
     )
     distill_temperature: float = option(2.0, "temperature of that term")
 
@@ -100,7 +100,7 @@ class PurifyConfig:
     )
     initial: str = option(
         "hard",
-        "the first extra set: random (the paper), or drawn from the hardest images of each label",
+        "the first extra set without a clean set: random (the paper), or hard images of labels that attract no attack",
         ("hard", "random"),
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet, as_image_set
@@ -19,6 +17,7 @@ from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.errors import InputError
+from pbe_fast.extra_set import attack_shares, attracting_labels, initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import check_model
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
@@ -94,7 +93,7 @@ class _Run:
 
     def with_clean_set(self, clean: ImageSet, train: ImageSet | None) -> PurifyResult:
         """Steps 1 and 2, once; then, for the record, step 3."""
-        entry = self._purify_model(clean, round_index=0)
+        entry = self._purify_model(clean, round_index=0, teacher=self.infected)
         ranking = None
         if train is not None:
             ranking = self._rank(train, self._logits(self.infected, train, "infected logits"))
@@ -106,21 +105,32 @@ class _Run:
         """Algorithm 1, line by line."""
         infected_logits = self._logits(self.infected, train, "infected logits")
         # Initialisation: D_ext^0
-        chosen = initial_extra_set(infected_logits, train.labels, self.config, self.generator)
+        attracting = self._attracting_labels(train)
+        chosen = initial_extra_set(infected_logits, train.labels, attracting, self.config, self.generator)
         ranking: Ranking | None = None
         for t in range(len(self.config.fractions)):
             extra = train.select(chosen, name=f"extra set {t}")
             # Steps 1 and 2: theta^t becomes theta^(t+1)
             entry = self._purify_model(extra, round_index=t)
+            entry["attracting_labels"] = attracting.nonzero()[:, 0].tolist()
             # Step 3: the next extra set
             ranking = self._rank(train, infected_logits)
             entry.update(_truth(ranking, chosen, train))
             self.history.append(entry)
             if t + 1 < len(self.config.fractions):
-                chosen = ranking.top(self.config.fractions[t + 1])
+                chosen = next_extra_set(ranking, train.labels, attracting, self.config.fractions[t + 1])
         return self._result(ranking, train)
 
-    def _purify_model(self, extra: ImageSet, *, round_index: int) -> dict[str, Any]:
+    def _attracting_labels(self, train: ImageSet) -> Tensor:
+        if self.config.initial == "random":
+            return torch.zeros(train.num_classes, dtype=torch.bool)
+        with self._phase("attracting labels"):
+            return attracting_labels(
+                attack_shares(self.infected, train, self.config.pgd, generator=self.generator, dtype=self.dtype)
+            )
+
+    def _purify_model(self, extra: ImageSet, *, round_index: int, teacher: nn.Module | None = None) -> dict[str, Any]:
+        """Steps 1 and 2; with a ``teacher`` only on trusted images: what it says of a poisoned one is the backdoor."""
         config = self.config
         clean_steps = max(
             config.clean_steps, config.clean_epochs * steps_per_epoch(len(extra), config.finetune.batch_size)
@@ -131,7 +141,7 @@ class _Run:
             total_steps=config.adversarial_steps + clean_steps,
             generator=self.generator,
             dtype=self.dtype,
-            teacher=self.infected,
+            teacher=teacher,
             show_progress=self.progress,
         )
         start = time.perf_counter()
@@ -182,38 +192,6 @@ class _Run:
             precision=str(self.dtype).removeprefix("torch."),
             train_data=train,
         )
-
-
-def initial_extra_set(
-    infected_logits: Tensor, labels: Tensor, config: PurifyConfig, generator: torch.Generator
-) -> Tensor:
-    """D_ext^0: indices drawn at random, from all images or from the hardest of each label.
-
-    A trigger is the easiest thing that the infected model has learned, so the images that it finds hard (a high loss)
-    are seldom poisoned, whatever the share of poisoned images under their label.
-
-    Args:
-        infected_logits: (N, K) of the training set.
-        labels: (N,) int64.
-        config: ``fractions[0]`` sets the size, ``initial`` and ``hard_quantile`` the choice.
-        generator: On the CPU.
-
-    Returns:
-        int64 indices.
-    """
-    count = max(1, round(config.fractions[0] * len(labels)))
-    candidates = torch.arange(len(labels), device=labels.device)
-    if config.initial == "hard":
-        loss = F.cross_entropy(infected_logits, labels, reduction="none")
-        share = max(config.hard_quantile, config.fractions[0])
-        candidates = torch.cat([_hardest(loss, (labels == k).nonzero()[:, 0], share) for k in labels.unique()])
-    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
-    return candidates[drawn]
-
-
-def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
-    """The ``share`` of ``indices`` with the highest loss, at least one."""
-    return indices[loss[indices].argsort(descending=True, stable=True)[: math.ceil(share * len(indices))]]
 
 
 def _truth(ranking: Ranking, chosen: Tensor | None, train: ImageSet) -> dict[str, Any]:

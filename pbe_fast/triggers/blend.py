@@ -50,9 +50,13 @@ class Blend(Trigger):
 
 
 def draw_cat(height: int, width: int) -> Tensor:
-    """A cat's face with a bow, (3, height, width) float in [0, 1], drawn from half-planes and ellipses."""
+    """A ginger cat's face with a bow, (3, height, width) float in [0, 1], drawn from half-planes and ellipses.
+
+    Its colours are those of no class in particular: a bright or bluish picture makes benign models answer "airplane" to
+    up to 11 % of CIFAR-10, and no defence can bring an attack success rate below what is no attack at all.
+    """
     y, x = _unit_square(height, width)
-    canvas = torch.tensor([0.55, 0.80, 0.95]).view(3, 1, 1).expand(3, height, width).clone()
+    canvas = torch.tensor([0.50, 0.30, 0.15]).view(3, 1, 1).expand(3, height, width).clone()
 
     def paint(inside: Tensor, r: float, g: float, b: float) -> None:
         canvas[:, inside] = torch.tensor([r, g, b]).view(3, 1)
@@ -62,14 +66,14 @@ def draw_cat(height: int, width: int) -> Tensor:
 
     for side in (-1, 1):
         ear = (y > -0.85) & (y < -0.1) & ((x - side * 0.55).abs() < 0.30 * (y + 0.85) / 0.6)
-        paint(ear, 1.0, 1.0, 1.0)
-    paint(ellipse(0.0, 0.15, 0.85, 0.68), 1.0, 1.0, 1.0)
+        paint(ear, 0.90, 0.55, 0.20)
+    paint(ellipse(0.0, 0.15, 0.85, 0.68), 0.90, 0.55, 0.20)
     for side in (-1, 1):
         paint(ellipse(side * 0.35, 0.10, 0.09, 0.15), 0.05, 0.05, 0.05)
         for k in (-1, 0, 1):
             whisker = (side * x > 0.5) & ((y - 0.30 - 0.14 * k - 0.12 * k * (side * x - 0.5)).abs() < 0.025)
             paint(whisker, 0.05, 0.05, 0.05)
-    paint(ellipse(0.0, 0.33, 0.12, 0.08), 1.0, 0.80, 0.10)
+    paint(ellipse(0.0, 0.33, 0.12, 0.08), 0.95, 0.75, 0.70)
     for side in (-1, 1):
         bow = ((x - 0.45) * side > 0) & ((x - 0.45) * side < 0.3) & ((y + 0.55).abs() < 0.75 * (x - 0.45).abs() + 0.04)
         paint(bow, 0.90, 0.05, 0.20)

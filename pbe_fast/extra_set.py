@@ -1,0 +1,124 @@
+"""Which training images make up the extra set D_ext, without any trusted image (Algorithm 1, lines 1 and 7).
+
+The paper draws D_ext^0 at random. Where the trigger is easy to learn, its poisoned tenth then teaches the trigger again,
+and the ranking comes out inverted: poisoned images change least. Two things that a defender can see keep them out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import PGDConfig, PurifyConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.engine.forward import predict_logits, to_input
+from pbe_fast.pgd import pgd_attack
+from pbe_fast.ranking import Ranking, otsu_threshold
+
+_SAMPLE = 1000
+_BATCH = 250
+
+
+def attack_shares(
+    model: nn.Module, data: ImageSet, pgd: PGDConfig, *, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Where the untargeted attack leads: the predicted labels of the adversarial images that are misclassified.
+
+    The paper's observation (Sec. 3.4.1): for a benign model about uniform, for an infected one the target label.
+
+    Args:
+        model: In eval mode, on the device of ``data``.
+        data: A random thousand of it is attacked.
+        pgd: The attack.
+        generator: On the CPU.
+        dtype: Of the matrix products.
+
+    Returns:
+        (K,) float64 on the CPU, summing to 1, or zeros if no image was misclassified.
+    """
+    sample = torch.randperm(len(data), generator=generator)[:_SAMPLE].to(data.device)
+    reached = torch.zeros(data.num_classes, dtype=torch.int64)
+    for ids in sample.split(_BATCH):
+        labels = data.labels[ids]
+        adversarial = pgd_attack(model, to_input(data.images[ids]), labels, pgd, dtype=dtype, generator=generator)
+        pixels = (adversarial * 255).round_().to(torch.uint8)
+        predicted = predict_logits(model, pixels, dtype=dtype).argmax(1)
+        reached += torch.bincount(predicted[predicted != labels], minlength=data.num_classes).cpu()
+    return reached.double() / reached.sum().clamp_min(1)
+
+
+def attracting_labels(shares: Tensor) -> Tensor:
+    """(K,) bool: labels that attract more than twice their even share of adversarial images; none of two or fewer."""
+    return shares > 2 / len(shares)
+
+
+def initial_extra_set(
+    infected_logits: Tensor, labels: Tensor, attracting: Tensor, config: PurifyConfig, generator: torch.Generator
+) -> Tensor:
+    """D_ext^0: indices drawn at random, from all images (the paper) or from those that are seldom poisoned.
+
+    A label that attracts adversarial images may be the attacker's target, and its images poisoned ones: none is taken.
+    Under the other labels, what the infected model finds hard (a high loss) seldom carries a trigger, which is the
+    easiest thing that it learned.
+
+    Args:
+        infected_logits: (N, K) of the training set.
+        labels: (N,) int64.
+        attracting: (K,) bool, see `attracting_labels`.
+        config: ``fractions[0]`` sets the size, ``initial`` and ``hard_quantile`` the choice.
+        generator: On the CPU.
+
+    Returns:
+        int64 indices.
+    """
+    count = max(1, round(config.fractions[0] * len(labels)))
+    candidates = torch.arange(len(labels), device=labels.device)
+    if config.initial == "hard":
+        trusted = candidates[~attracting.to(labels.device)[labels]]
+        loss = F.cross_entropy(infected_logits, labels, reduction="none")
+        # Enough candidates for the count, however many labels are left out.
+        share = min(1.0, max(config.hard_quantile, count / max(1, len(trusted))))
+        if len(trusted) > 0:
+            kept = labels[trusted]
+            candidates = torch.cat([_hardest(loss, trusted[kept == k], share) for k in kept.unique()])
+    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
+    return candidates[drawn]
+
+
+def next_extra_set(ranking: Ranking, labels: Tensor, attracting: Tensor, fraction: float) -> Tensor:
+    """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
+
+    Labels left out of D_ext^0 have been forgotten a little, so that all their images rank low, poisoned or not; within
+    such a label the poisoned ones still rank lowest. So it gives the top ``fraction`` of its better part, split by
+    Otsu's threshold.
+
+    Args:
+        ranking: Of the training set.
+        labels: (N,) int64.
+        attracting: (K,) bool.
+        fraction: Of the images.
+
+    Returns:
+        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label, exactly
+        ``ranking.top(fraction)``.
+    """
+    apart = attracting.to(labels.device)[labels[ranking.order]]
+    chosen = [_first(ranking.order[~apart], fraction)]
+    for k in attracting.nonzero()[:, 0].tolist():
+        order = ranking.order[labels[ranking.order] == k]
+        distance = ranking.distance[order]
+        better = order[distance <= otsu_threshold(distance[distance.isfinite()])]
+        chosen.append(_first(better, fraction))
+    return torch.cat(chosen)
+
+
+def _first(order: Tensor, fraction: float) -> Tensor:
+    return order[: max(1, round(fraction * len(order)))]
+
+
+def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
+    """The ``share`` of ``indices`` with the highest loss, at least one."""
+    return indices[loss[indices].argsort(descending=True, stable=True)[: math.ceil(share * len(indices))]]
