@@ -1,0 +1,44 @@
+// Weighted sums of four taps for a stretch of output elements: the inner loops of the warp, behind one call.
+#pragma once
+
+#include <cstdint>
+
+namespace pbe::warp {
+
+// A contiguous piece of memory that is sampled on its own: one channel in NCHW, a whole image in channels_last.
+struct Plane {
+  std::int64_t size;   // elements
+  std::int32_t row;    // elements per row of pixels
+  std::int32_t right;  // elements to the right-hand tap, 0 where the image is one pixel wide
+  std::int32_t down;   // elements to the lower tap, 0 where it is one pixel high
+};
+
+// Of n output elements: the offset of the top left tap in the plane, and the weights of the four.
+struct Taps {
+  const std::int32_t* offset;
+  const float* weight[4];
+  std::int64_t n;
+};
+
+// Neighbouring outputs sample from neighbouring places. Where the taps of kBlock outputs lie in at most four rows of
+// kColumns elements, a register holds those rows and a permutation of it replaces the separate loads.
+constexpr std::int64_t kBlock = 16;
+constexpr std::int64_t kColumns = 32;
+
+struct Window {
+  std::int32_t base;  // offset of the first row's first element
+  std::int32_t rows;  // 0: the taps lie too far apart
+};
+
+// Whether this processor has the instructions (AVX-512 with VBMI).
+bool has_windows();
+// Fills windows (n / kBlock) and places (n): 32 * row + column of each top left tap within its window.
+void find_windows(const Taps& taps, const Plane& plane, Window* windows, std::uint8_t* places);
+
+// out[i] = sum over the four taps. With windows null, or from the last whole block on, every tap is a load.
+void sample(const float* plane, const Plane& shape, const Taps& taps, const Window* windows, const std::uint8_t* places,
+            float* out);
+void sample(const std::uint8_t* plane, const Plane& shape, const Taps& taps, const Window* windows,
+            const std::uint8_t* places, float* out);
+
+}  // namespace pbe::warp
