@@ -63,7 +63,7 @@ kernels-report: $(READY) ## compile the Triton kernels for three GPU generations
 
 sanitize: $(READY) ## run the native code under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -DPBE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
-	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS) -- --no-print-directory
+	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS)
 	build/sanitize/native_test
 
 bench: $(READY) ## race the kernels against their peers on this CPU
