@@ -11,8 +11,9 @@ from torch import nn
 
 from pbe_fast import runs
 from pbe_fast.attack import train_infected
-from pbe_fast.config import AttackConfig, FineTuneConfig, PurifyConfig, to_dict
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig, to_dict
 from pbe_fast.engine.files import prepare_output
+from pbe_fast.errors import InputError
 from pbe_fast.export import export_onnx, verify_onnx
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.purify import purify
@@ -20,6 +21,8 @@ from pbe_fast.triggers import TRIGGERS
 
 CLEAN_COUNT = 140
 WIDTH = 16
+# A stroke on black has three times the contrast of a photograph: 6/255 leads no digit to another class.
+EPS = 0.1
 ONNX_NAME = "model.onnx"
 TRAINING = FineTuneConfig(
     lr=0.05, batch_size=64, nesterov=True, warmup=0.1, augment="crop", mix_clean=False, distill_weight=0.0
@@ -30,6 +33,8 @@ def run_demo(
     out: str | os.PathLike[str] = "runs/demo",
     *,
     attack: str = "blend",
+    epochs: int = 20,
+    config: PurifyConfig | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -45,6 +50,8 @@ def run_demo(
     Args:
         out: Folder for the purified model, model.onnx, ranking.csv, figure.png, report.html and report.json.
         attack: "blend", "badnets", "sig" or "wanet".
+        epochs: Of the infection.
+        config: Of both purifications; by default that of `purify`, with an eps for digits.
         seed: Of everything: the clean images, the weights, the poisoning, the purification.
         device: As for `purify`.
         precision: As for `purify`.
@@ -56,8 +63,10 @@ def run_demo(
         The contents of ``report.json``; ``onnx["ok"]`` says whether the exported file is the model.
 
     Raises:
+        InputError: An unknown attack.
         OutputError: ``out`` cannot be written to, or holds a run.
     """
+    infection = attack_config(attack, epochs)
     folder = prepare_output(out, force=force)
     clock = runs.Clock()
     common: dict[str, Any] = {"seed": seed, "device": device, "precision": precision, "progress": progress}
@@ -69,9 +78,9 @@ def run_demo(
     note(f"1/5 infecting a small CNN: {attack}, {len(train):,} digits")
     model, spec = runs.new_model("small_cnn", train, width=WIDTH, seed=seed)
     with clock.phase("infection"):
-        infected = train_infected(model, train, config=attack_config(attack), **common)
+        infected = train_infected(model, train, config=infection, **common)
 
-    config = PurifyConfig()
+    config = config or PurifyConfig(pgd=PGDConfig(eps=EPS))
     note(f"2/5 purifying it with {len(clean)} clean digits")
     with clock.phase("purification"):
         with_clean = purify(infected.model, infected.train_data, clean_data=clean, config=config, **common)
@@ -118,11 +127,17 @@ def run_demo(
     return runs.illustrate(folder, with_clean, tests.data, triggered)
 
 
-def attack_config(attack: str) -> AttackConfig:
-    """An attack that a small CNN learns from a thousand digits."""
+def attack_config(attack: str, epochs: int) -> AttackConfig:
+    """An attack that a small CNN learns from a thousand digits.
+
+    Raises:
+        InputError: An unknown attack.
+    """
+    if attack not in TRIGGERS:
+        raise InputError("attack", got=repr(attack), accepted=", ".join(TRIGGERS))
     # A clean-label attack poisons one class only, which is a tenth of the set: it cannot take all of it.
     rate = 0.05 if TRIGGERS[attack].clean_label else 0.10
-    return AttackConfig(attack=attack, poison_rate=rate, epochs=20, training=TRAINING)
+    return AttackConfig(attack=attack, poison_rate=rate, epochs=epochs, training=TRAINING)
 
 
 def without_step_1(config: PurifyConfig) -> PurifyConfig:
