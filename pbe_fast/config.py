@@ -35,7 +35,7 @@ class PGDConfig:
     """Untargeted PGD (step 1a). Sizes are in pixel units of [0, 1]."""
 
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
-    eps: float = option(10 / 255, "radius of the ball, in pixel units of [0, 1]")
+    eps: float = option(12 / 255, "radius of the ball, in pixel units of [0, 1]")
     alpha: float | None = option(None, "step size; a quarter of eps if not given")
     steps: int = option(5, "number of steps")
     random_start: bool = option(False, "start at a random point of the ball")
@@ -56,7 +56,7 @@ class PGDConfig:
 class FineTuneConfig:
     """SGD of the fine-tuning steps (1b and 2)."""
 
-    lr: float = option(1e-2, "peak learning rate")
+    lr: float = option(2e-2, "peak learning rate")
     batch_size: int = option(128, "images per update")
     momentum: float = option(0.9, "momentum")
     weight_decay: float = option(5e-4, "weight decay")
@@ -67,7 +67,7 @@ class FineTuneConfig:
     )
     mix_clean: bool = option(True, "put the unperturbed images beside the adversarial ones in every batch")
     distill_weight: float = option(
-        1.0, "weight of keeping the infected model's logits on trusted clean images; 0 is the paper"
+        2.0, "weight of keeping the infected model's logits on trusted clean images; 0 is the paper"
     )
     distill_temperature: float = option(2.0, "temperature of that term")
 

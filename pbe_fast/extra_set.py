@@ -1,7 +1,7 @@
 """Which training images make up the extra set D_ext, without any trusted image (Algorithm 1, lines 1 and 7).
 
-The paper draws D_ext^0 at random. Where the trigger is easy to learn, its poisoned tenth then teaches the trigger again,
-and the ranking comes out inverted: poisoned images change least. Two things that a defender can see keep them out.
+The paper draws D_ext^0 at random. Where the trigger is easy to learn, its poisoned tenth then teaches it again, and the
+ranking comes out inverted: poisoned images change least. Two things that a defender can see keep them out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def attack_shares(
         dtype: Of the matrix products.
 
     Returns:
-        (K,) float64 on the CPU, summing to 1, or zeros if no image was misclassified.
+        (K,) float64 on the CPU, summing to 1, or zeros if no image was misclassified. Logits that stand for no class of
+        the data are left out.
     """
     sample = torch.randperm(len(data), generator=generator)[:_SAMPLE].to(data.device)
     reached = torch.zeros(data.num_classes, dtype=torch.int64)
@@ -46,7 +47,7 @@ def attack_shares(
         adversarial = pgd_attack(model, to_input(data.images[ids]), labels, pgd, dtype=dtype, generator=generator)
         pixels = (adversarial * 255).round_().to(torch.uint8)
         predicted = predict_logits(model, pixels, dtype=dtype).argmax(1)
-        reached += torch.bincount(predicted[predicted != labels], minlength=data.num_classes).cpu()
+        reached += torch.bincount(predicted[predicted != labels].cpu(), minlength=data.num_classes)[: data.num_classes]
     return reached.double() / reached.sum().clamp_min(1)
 
 

@@ -111,7 +111,10 @@ class _Run:
         for t in range(len(self.config.fractions)):
             extra = train.select(chosen, name=f"extra set {t}")
             # Steps 1 and 2: theta^t becomes theta^(t+1)
-            entry = self._purify_model(extra, round_index=t)
+            # Without images of the target label nothing in D_ext^0 can teach the trigger, so that the infected model may
+            # teach what it knows of the labels left out.
+            teacher = self.infected if t == 0 and attracting.any() else None
+            entry = self._purify_model(extra, round_index=t, teacher=teacher)
             entry["attracting_labels"] = attracting.nonzero()[:, 0].tolist()
             # Step 3: the next extra set
             ranking = self._rank(train, infected_logits)
