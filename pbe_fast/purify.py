@@ -111,7 +111,7 @@ class _Run:
         for t in range(len(self.config.fractions)):
             extra = train.select(chosen, name=f"extra set {t}")
             # Steps 1 and 2: theta^t becomes theta^(t+1)
-            # Without images of the target label nothing in D_ext^0 can teach the trigger, so that the infected model may
+            # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may
             # teach what it knows of the labels left out.
             teacher = self.infected if t == 0 and attracting.any() else None
             entry = self._purify_model(extra, round_index=t, teacher=teacher)
