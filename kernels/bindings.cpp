@@ -2,7 +2,9 @@
 // an ndarray argument; the checks on shapes, types and layouts are in the operations' __init__.py.
 #include <nanobind/nanobind.h>
 
+#include "cosine_rank/native.h"
 #include "pgd_step/native.h"
+#include "warp/native.h"
 
 namespace nb = nanobind;
 using Address = std::uintptr_t;
@@ -15,6 +17,21 @@ T* at(Address address) {
 }
 
 // One function per operation: a submodule of the same name. Its presence is how backends.py knows the native build.
+
+void bind_cosine_rank(nb::module_ module) {
+  namespace op = pbe::cosine_rank;
+  module.def("distance", [](Address a, Address b, int type_a, int type_b, std::int64_t stride_a, std::int64_t stride_b,
+                            std::int64_t rows, std::int64_t classes, Address out, int threads) {
+    const op::Logits logits_a{at<const void>(a), static_cast<pbe::DType>(type_a), stride_a};
+    const op::Logits logits_b{at<const void>(b), static_cast<pbe::DType>(type_b), stride_b};
+    const nb::gil_scoped_release nogil;
+    op::distance(logits_a, logits_b, rows, classes, at<float>(out), threads);
+  });
+  module.def("select_smallest", [](Address values, std::int64_t count, std::int64_t n, Address out, int threads) {
+    const nb::gil_scoped_release nogil;
+    op::select_smallest(at<const float>(values), count, n, at<std::int64_t>(out), threads);
+  });
+}
 
 void bind_pgd_step(nb::module_ module) {
   namespace op = pbe::pgd_step;
@@ -42,9 +59,52 @@ void bind_pgd_step(nb::module_ module) {
   });
 }
 
+pbe::warp::Images warp_images(Address images, Address out, int in_type, int out_type, std::int64_t batch,
+                              std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last,
+                              Address mean, Address std) {
+  return {at<const void>(images),
+          at<void>(out),
+          static_cast<pbe::DType>(in_type),
+          static_cast<pbe::DType>(out_type),
+          batch,
+          channels,
+          height,
+          width,
+          channels_last,
+          at<const float>(mean),
+          at<const float>(std)};
+}
+
+void bind_warp(nb::module_ module) {
+  namespace op = pbe::warp;
+  module.def("run", [](Address images, Address out, int in_type, int out_type, std::int64_t batch,
+                       std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last, Address mean,
+                       Address std, int threads, Address offsets, Address weights) {
+    const op::Images job =
+        warp_images(images, out, in_type, out_type, batch, channels, height, width, channels_last, mean, std);
+    bool inside;
+    {
+      const nb::gil_scoped_release nogil;
+      inside = op::run(job, at<const std::int32_t>(offsets), at<const float>(weights), threads);
+    }
+    if (!inside) throw nb::value_error("offsets; got some outside of the plane; accepted: as from WarpPlan.of");
+  });
+  module.def(
+      "run_noise", [](Address images, Address out, int in_type, int out_type, std::int64_t batch, std::int64_t channels,
+                      std::int64_t height, std::int64_t width, bool channels_last, Address mean, Address std,
+                      int threads, Address grid, float amplitude, Address image_ids, std::uint64_t seed) {
+        const op::Images job =
+            warp_images(images, out, in_type, out_type, batch, channels, height, width, channels_last, mean, std);
+        const nb::gil_scoped_release nogil;
+        op::run_noise(job, at<const float>(grid), amplitude, at<const std::int64_t>(image_ids), seed, threads);
+      });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "The C++ versions of the operations in pbe_fast.kernels.";
+  bind_cosine_rank(m.def_submodule("cosine_rank"));
   bind_pgd_step(m.def_submodule("pgd_step"));
+  bind_warp(m.def_submodule("warp"));
 }

@@ -7,6 +7,7 @@ smaller, the likelier is a clean image. Formula, edge cases and tolerances: READ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -213,9 +214,7 @@ def _triton_distance(a: Tensor, b: Tensor) -> Tensor:
 def _native_select(distance: Tensor, n: int) -> Tensor:
     distance = distance.contiguous()
     out = torch.empty(n, dtype=torch.int64)
-    native_op(_OP).select_smallest(
-        distance.data_ptr(), distance.shape[0], n, out.data_ptr(), torch.get_num_threads()
-    )
+    native_op(_OP).select_smallest(distance.data_ptr(), distance.shape[0], n, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -223,44 +222,43 @@ LIB.define("cosine_distance(Tensor a, Tensor b) -> Tensor")
 LIB.define("select_smallest(Tensor distance, int n) -> Tensor")
 
 
-def _distance_cpu(a: Tensor, b: Tensor) -> Tensor:
-    _check_pair(a, b)
-    return reference.cosine_distance(a, b) if native_op(_OP) is None else _native_distance(a, b)
+def _distance_op(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        _check_pair(a, b)
+        return run(a, b)
+
+    return call
 
 
-def _distance_cuda(a: Tensor, b: Tensor) -> Tensor:
-    _check_pair(a, b)
+def _select_op(run: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    def call(distance: Tensor, n: int) -> Tensor:
+        _check_distance(distance)
+        _count(distance.shape[0], n, None)
+        return run(distance, n)
+
+    return call
+
+
+def _cuda_distance(a: Tensor, b: Tensor) -> Tensor:
     return _triton_distance(a, b) if triton_installed() else reference.cosine_distance(a, b)
 
 
-def _distance_fake(a: Tensor, b: Tensor) -> Tensor:
-    _check_pair(a, b)
+def _fake_distance(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0],), dtype=torch.float32)
 
 
-def _select_cpu(distance: Tensor, n: int) -> Tensor:
-    _check_distance(distance)
-    _count(distance.shape[0], n, None)
-    return reference.select_smallest(distance, n) if native_op(_OP) is None else _native_select(distance, n)
-
-
-def _select_cuda(distance: Tensor, n: int) -> Tensor:
-    _check_distance(distance)
-    _count(distance.shape[0], n, None)
-    return reference.select_smallest(distance, n)
-
-
-def _select_fake(distance: Tensor, n: int) -> Tensor:
-    _check_distance(distance)
+def _fake_select(distance: Tensor, n: int) -> Tensor:
     return distance.new_empty((n,), dtype=torch.int64)
 
 
-LIB.impl("cosine_distance", _distance_cpu, "CPU")
-LIB.impl("cosine_distance", _distance_cuda, "CUDA")
-LIB.impl("select_smallest", _select_cpu, "CPU")
-LIB.impl("select_smallest", _select_cuda, "CUDA")
-torch.library.register_fake("pbe_fast::cosine_distance", _distance_fake, lib=LIB)
-torch.library.register_fake("pbe_fast::select_smallest", _select_fake, lib=LIB)
+_built = native_op(_OP) is not None
+LIB.impl("cosine_distance", _distance_op(reference.cosine_distance), "CompositeExplicitAutograd")
+LIB.impl("cosine_distance", _distance_op(_native_distance if _built else reference.cosine_distance), "CPU")
+LIB.impl("cosine_distance", _distance_op(_cuda_distance), "CUDA")
+LIB.impl("select_smallest", _select_op(reference.select_smallest), "CompositeExplicitAutograd")
+LIB.impl("select_smallest", _select_op(_native_select if _built else reference.select_smallest), "CPU")
+torch.library.register_fake("pbe_fast::cosine_distance", _distance_op(_fake_distance), lib=LIB)
+torch.library.register_fake("pbe_fast::select_smallest", _select_op(_fake_select), lib=LIB)
 
 # They use the functions above.
 from pbe_fast.kernels.cosine_rank.qr_heads import QRHeads  # noqa: E402

@@ -10,7 +10,7 @@ _BLOCK = 1 << 22
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """d = 1/2 |a/|a| - b/|b||^2 = 1 - cos(a, b) by row, in float64; see the package for shapes and edge cases.
+    """The distance d = 1/2 |a/|a| - b/|b||^2 = 1 - cos(a, b) by row, in float64; edge cases as in the package.
 
     1 - <a, b>/(|a| |b|) is the same number, but in float32 all its digits cancel where the cosine is close to 1, and
     that is where the ranking takes place.
