@@ -16,7 +16,8 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cor
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 RESULTS := bench/results
 TODAY := $(shell date +%F)
-CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# The address of PyTorch's wheels for this machine, as its install page gives it; empty: where pip looks anyway.
+TORCH_INDEX ?=
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -28,12 +29,9 @@ $(READY): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
 	@echo "== Python environment: .venv, with $$($(PYTHON) --version)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "error: no environment; accepted: a Python with venv and pip (Debian: apt install python3-venv)"; exit 1; }
-	@# Where there is no GPU, PyTorch's own index has a build without gigabytes of CUDA, if it can be reached.
-	@wheels=; if [ $(EXTRA) = cpu ] && [ "$$(uname -s)" = Linux ] && \
-	  $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)/torch/", timeout=5)' 2>/dev/null; \
-	  then wheels="--extra-index-url $(CPU_WHEELS)"; fi; \
-	  echo "== Packages ($(EXTRA) builds, 2 GB) and the native module: one to five minutes"; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $$wheels -e '.[$(EXTRA),test,dev]'
+	@# On Linux, pip's default index has only the build of PyTorch with CUDA, gigabytes of it.
+	@echo "== Packages ($(EXTRA) builds, 2 GB) and the native module: one to five minutes"; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRA),test,dev]'
 	@touch $@
 	@echo "== Ready: $$($(BIN)/python -c 'import pbe_fast.kernels.backends as b; print(b.available_backends())')"
 
