@@ -129,7 +129,7 @@ class AttackConfig:
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        FineTuneConfig(lr=0.05, nesterov=True, warmup=0.1, augment="crop+flip", mix_clean=False, distill_weight=0.0),
+        FineTuneConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.05, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
 
