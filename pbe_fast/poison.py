@@ -35,8 +35,8 @@ def poison(
 
     All-to-one draws from the images of other classes than the target's; a clean-label trigger (SIG) from the target's
     own; all-to-all from all. A clean-label trigger has no clean-label form of all-to-all, so there it changes labels.
-    Triggers with cover images (WaNet) get ``cover_ratio`` of them for each poisoned one; these keep their label and
-    are not in ``poison_mask``.
+    Triggers with cover images (WaNet) get ``cover_ratio`` of them for each poisoned one, as far as there are images
+    left; these keep their label and are not in ``poison_mask``.
 
     Args:
         data: Clean training images.
@@ -44,7 +44,7 @@ def poison(
         poison_rate: Poisoned images as a fraction of the whole set.
         setting: "all_to_one" or "all_to_all".
         target_label: The label that all-to-one aims at.
-        seed: Which images are drawn.
+        seed: Which images are drawn, and what is random in cover images.
 
     Raises:
         InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
@@ -74,7 +74,7 @@ def poison(
     if trigger.cover_ratio > 0:
         rest = (~mask).nonzero()[:, 0]
         order = torch.randperm(len(rest), generator=generator).to(data.device)
-        _cover(images, rest[order[: round(trigger.cover_ratio * count)]], trigger)
+        _cover(images, rest[order[: round(trigger.cover_ratio * count)]], trigger, draw=seed)
     return dataclasses.replace(
         data,
         images=images,
@@ -119,9 +119,9 @@ def _stamp(images: Tensor, where: Tensor, trigger: Trigger) -> None:
         images[ids] = _to_uint8(trigger.apply(images[ids].float() / 255, ids))
 
 
-def _cover(images: Tensor, where: Tensor, trigger: Trigger) -> None:
+def _cover(images: Tensor, where: Tensor, trigger: Trigger, *, draw: int) -> None:
     for ids in where.split(_CHUNK):
-        images[ids] = _to_uint8(trigger.cover(images[ids].float() / 255, ids))
+        images[ids] = _to_uint8(trigger.cover(images[ids].float() / 255, ids, draw=draw))
 
 
 def _to_uint8(images: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ def make_trigger(name: str, image_shape: ImageShape, **hyperparameters: Any) -> 
     """
     if name not in TRIGGERS:
         raise InputError("unknown trigger", got=repr(name), accepted=", ".join(TRIGGERS))
-    c, h, w = image_shape
     try:
-        return TRIGGERS[name]((int(c), int(h), int(w)), **hyperparameters)
+        return TRIGGERS[name](image_shape, **hyperparameters)
     except TypeError as error:
         raise InputError(f"hyperparameters of the {name} trigger", got=str(error)) from error

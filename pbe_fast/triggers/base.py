@@ -31,7 +31,8 @@ class Trigger(ABC):
     """The attacker controls training, and draws the poisoned subset anew in every epoch."""
 
     def __init__(self, image_shape: ImageShape, *, seed: int = 0) -> None:
-        self.image_shape = image_shape
+        c, h, w = image_shape
+        self.image_shape = (int(c), int(h), int(w))
         self.seed = seed
 
     def apply(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor:
@@ -59,8 +60,17 @@ class Trigger(ABC):
     def _apply(self, images: Tensor, image_ids: Tensor | None) -> Tensor:
         """`apply` without the checks; may return a tensor slightly outside [0, 1], never ``images`` itself."""
 
-    def cover(self, images: Tensor, image_ids: Tensor) -> Tensor:
-        """Cover images: near the trigger, but keeping their true label (only where ``cover_ratio`` > 0)."""
+    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0) -> Tensor:
+        """Cover images: near the trigger, but keeping their true label (only where ``cover_ratio`` > 0).
+
+        Args:
+            images: (B, C, H, W) float in [0, 1].
+            image_ids: (B,) int64, on the device of ``images``; with ``draw`` they fix what is random in an image.
+            draw: Another number gives other cover images, for a set that is drawn anew in every epoch.
+
+        Returns:
+            (B, C, H, W) float in [0, 1].
+        """
         raise InputError(f"cover images of the {self.name} trigger", accepted="triggers with cover_ratio > 0")
 
     def hyperparameters(self) -> dict[str, Any]:

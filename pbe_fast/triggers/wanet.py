@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pbe_fast.errors import InputError
+from pbe_fast.kernels.warp import WarpPlan, control_field, warp, warp_grid
 from pbe_fast.triggers.base import ImageShape, Trigger
 
 
 class WaNet(Trigger):
-    """Bilinear warp by a k x k control field upsampled to the image (WaNet, Eq. 4 to 6).
+    """Bilinear warp by a k x k control field upsampled to the image (WaNet, Eq. 3 to 5).
 
     Cover images get the same field plus U(-1, 1) / H per pixel and image (its cross mode), which keeps the classifier
     from answering to any warp at all.
@@ -21,8 +22,11 @@ class WaNet(Trigger):
         image_shape: (C, H, W).
         seed: Fixes the control field and the cover noise.
         control_size: k.
-        warp_strength: s, in pixels of the mean displacement times two.
+        warp_strength: s: the control points move by s / 2 pixels along each axis in the mean.
         grid_rescale: Factor on the final grid.
+
+    Raises:
+        InputError: No control point, or a factor that is not finite.
     """
 
     name = "wanet"
@@ -39,29 +43,26 @@ class WaNet(Trigger):
         grid_rescale: float = 1.0,
     ) -> None:
         super().__init__(image_shape, seed=seed)
+        if control_size < 1:
+            raise InputError("control_size of the wanet trigger", got=control_size, accepted="1 or more")
+        if not (math.isfinite(warp_strength) and math.isfinite(grid_rescale)):
+            got = f"{warp_strength} and {grid_rescale}"
+            raise InputError("warp_strength and grid_rescale of the wanet trigger", got=got, accepted="finite")
         self.control_size = control_size
         self.warp_strength = warp_strength
         self.grid_rescale = grid_rescale
-        _, h, w = image_shape
-        generator = torch.Generator().manual_seed(seed)
-        field = torch.rand(1, 2, control_size, control_size, generator=generator) * 2 - 1
-        field = field / field.abs().mean()
-        field = F.interpolate(field, size=(h, w), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-        identity = torch.stack(
-            torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")[::-1], -1
-        )
-        self._grid = ((identity + warp_strength * field / h) * grid_rescale).clamp(-1, 1)
+        _, h, w = self.image_shape
+        field = control_field(control_size, seed=seed)
+        self._plan = WarpPlan.of(warp_grid(field, h, w, warp_strength=warp_strength, grid_rescale=grid_rescale))
 
     def _apply(self, images: Tensor, image_ids: Tensor | None) -> Tensor:
-        grid = self._grid.to(images.device).expand(images.shape[0], -1, -1, -1)
-        return F.grid_sample(images, grid, align_corners=True)
+        return warp(images, self._plan.to(images.device))
 
-    def cover(self, images: Tensor, image_ids: Tensor) -> Tensor:
-        """The warp plus U(-1, 1) / H per pixel and image."""
-        _, h, w = self.image_shape
-        noise = torch.rand(images.shape[0], h, w, 2, generator=torch.Generator().manual_seed(self.seed + 1)) * 2 - 1
-        grid = (self._grid + noise / h).clamp(-1, 1)
-        return F.grid_sample(images, grid.to(images.device), align_corners=True)
+    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0) -> Tensor:
+        """The warp plus U(-1, 1) / H per pixel, image and draw."""
+        seed = (self.seed % 2**31) << 32 | draw % 2**32
+        plan = self._plan.to(images.device)
+        return warp(images, plan, noise=1.0, image_ids=image_ids, seed=seed).clamp_(0, 1)
 
     def hyperparameters(self) -> dict[str, Any]:
         """As the constructor takes them."""
