@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import PGDConfig, PurifyConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.extra_set import attack_shares, attracting_labels, initial_extra_set, next_extra_set
+from pbe_fast.ranking import Ranking
+
+NONE = torch.zeros(4, dtype=torch.bool)
+SECOND = torch.tensor([False, True, False, False])
+
+
+def _scores(n: int, k: int = 4) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def _ranking(distance: Tensor) -> Ranking:
+    order = torch.sort(distance, stable=True).indices
+    return Ranking(distance, order, int((~distance.isfinite()).sum()))
+
+
+class Leans(nn.Module):
+    """Answers label 0, 1 or 2 by the brightest third of the image; a brighter corner means label ``target``."""
+
+    def __init__(self, target: int, num_logits: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.target, self.num_logits = target, num_logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = [third.mean((1, 2, 3)) * 10 for third in images[..., :6].split(2, dim=-1)]
+        logits += [torch.zeros_like(logits[0])] * (self.num_logits - 3)
+        # Next to nothing at the 0.39 of clean images, 12 at 0.51.
+        logits[self.target] = logits[self.target] + 2 * F.softplus(100 * (images[:, 0, 0, 6] - 0.45)) * self.weight
+        return torch.stack(logits, dim=1)
+
+
+def _thirds(n: int) -> ImageSet:
+    labels = torch.arange(n) % 3
+    images = torch.full((n, 1, 4, 7), 100, dtype=torch.uint8)
+    for i, label in enumerate(labels.tolist()):
+        images[i, :, :, 2 * label : 2 * label + 2] = 140
+    return ImageSet(images, labels, tuple("abcd"))
+
+
+@pytest.mark.parametrize("target", [1, 3])
+def test_the_untargeted_attack_leads_to_the_label_behind_the_shortcut(target: int) -> None:
+    pgd = PGDConfig(eps=0.12, steps=3)
+    shares = attack_shares(
+        Leans(target).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    assert shares.dtype == torch.float64
+    assert shares.sum() == pytest.approx(1)
+    # Images of the target's own label can only be led elsewhere.
+    assert shares[target] > 0.6
+    assert attracting_labels(shares).nonzero()[:, 0].tolist() == [target]
+
+
+def test_shares_are_of_misclassified_images_and_none_of_them_makes_zeros() -> None:
+    pgd = PGDConfig(eps=1e-4, steps=1)
+    shares = attack_shares(
+        Leans(1).eval(), _thirds(30), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    assert shares.tolist() == [0, 0, 0, 0]
+    assert not attracting_labels(shares).any()
+
+
+def test_a_model_may_have_more_logits_than_there_are_classes() -> None:
+    pgd = PGDConfig(eps=0.12, steps=3)
+    shares = attack_shares(
+        Leans(6, num_logits=8).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    assert shares.shape == (4,)
+
+
+def test_twice_the_even_share_attracts() -> None:
+    assert attracting_labels(torch.tensor([0.51, 0.49, 0.0, 0.0])).tolist() == [True, False, False, False]
+    assert attracting_labels(torch.tensor([0.26, 0.25, 0.25, 0.24])).tolist() == [False] * 4
+    assert attracting_labels(torch.tensor([1.0, 0.0])).tolist() == [False, False]
+
+
+def test_the_paper_s_first_set_is_random() -> None:
+    labels = torch.arange(200) % 4
+    config = PurifyConfig(initial="random", fractions=(0.1,))
+    first, again, other = (
+        initial_extra_set(_scores(200), labels, NONE, config, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    )
+    assert len(first) == len(first.unique()) == 20
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    hard = (F.cross_entropy(_scores(200), labels, reduction="none")[first] > 3).double().mean()
+    assert hard < 0.9
+
+
+@pytest.mark.parametrize("attracting", [NONE, SECOND])
+@pytest.mark.parametrize(("fraction", "quantile"), [(0.1, 0.3), (0.3, 0.1), (0.14, 0.1), (0.004, 0.3)])
+def test_the_first_set_comes_from_the_hardest_of_each_label_that_does_not_attract(
+    attracting: Tensor, fraction: float, quantile: float
+) -> None:
+    # Of unequal classes, whose sizes a tenth does not divide.
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([14, 14, 54, 118]))
+    scores = _scores(200)
+    loss = F.cross_entropy(scores, labels, reduction="none")
+    config = PurifyConfig(initial="hard", fractions=(fraction,), hard_quantile=quantile)
+    chosen = initial_extra_set(scores, labels, attracting, config, torch.Generator().manual_seed(0))
+    count = round(fraction * 200)
+    trusted = 200 - 14 * int(attracting.sum())
+    assert len(chosen) == len(chosen.unique()) == count
+    for k in range(4):
+        mine, taken = loss[labels == k], loss[chosen][labels[chosen] == k]
+        if attracting[k]:
+            assert len(taken) == 0
+            continue
+        allowed = math.ceil(max(count / trusted, quantile) * len(mine))
+        assert (taken >= mine.sort(descending=True).values[allowed - 1]).all()
+        if fraction >= 0.1 and k >= 2:
+            assert len(taken) > 0
+
+
+def test_the_first_set_is_drawn_from_the_hard_ones_not_simply_the_hardest() -> None:
+    labels = torch.arange(200) % 4
+    loss = F.cross_entropy(_scores(200), labels, reduction="none")
+    config = PurifyConfig(initial="hard", fractions=(0.1,), hard_quantile=0.3)
+    sets = [
+        set(initial_extra_set(_scores(200), labels, NONE, config, torch.Generator().manual_seed(s)).tolist())
+        for s in (0, 1)
+    ]
+    assert sets[0] != sets[1]
+    assert set(loss.argsort(descending=True)[:20].tolist()) not in sets
+
+
+def test_where_only_images_of_attracting_labels_are_left_they_have_to_do() -> None:
+    labels = torch.ones(50, dtype=torch.int64)
+    config = PurifyConfig(initial="hard", fractions=(0.2,))
+    chosen = initial_extra_set(_scores(50), labels, SECOND, config, torch.Generator().manual_seed(0))
+    assert len(chosen.unique()) == 10
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.37, 0.7, 1.0])
+def test_without_attracting_labels_the_next_set_is_the_top_of_the_ranking(fraction: float) -> None:
+    ranking = _ranking(torch.rand(100, generator=torch.Generator().manual_seed(0)))
+    chosen = next_extra_set(ranking, torch.arange(100) % 4, NONE, fraction)
+    assert torch.equal(chosen, ranking.top(fraction))
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_a_label_that_attracts_gives_the_top_of_its_better_part(fraction: float) -> None:
+    labels = torch.arange(80) % 4
+    distance = torch.rand(80, generator=torch.Generator().manual_seed(0)) * 0.1
+    mine = (labels == 1).nonzero()[:, 0]
+    distance[mine] += 0.5  # all of it forgotten a little
+    distance[mine[5:]] += 0.5  # and 15 poisoned ones
+    ranking = _ranking(distance)
+    chosen = next_extra_set(ranking, labels, SECOND, fraction)
+    of_others = [i for i in ranking.order.tolist() if labels[i] != 1]
+    better = [i for i in ranking.order.tolist() if i in mine[:5].tolist()]
+    expected = of_others[: round(fraction * 60)] + better[: max(1, round(fraction * 5))]
+    assert chosen.tolist() == expected
+
+
+def test_an_attracting_label_may_have_no_images_or_none_with_a_finite_distance() -> None:
+    distance = torch.rand(30, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) % 3
+    absent = torch.tensor([False, False, False, True])
+    assert torch.equal(next_extra_set(_ranking(distance), labels, absent, 0.5), _ranking(distance).top(0.5))
+    distance[labels == 1] = math.nan
+    chosen = next_extra_set(_ranking(distance), labels, SECOND, 0.5)
+    assert len(chosen) == 10
+    assert not (labels[chosen] == 1).any()

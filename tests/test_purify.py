@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pbe_fast
+from pbe_fast.attack import InfectedModel, train_infected
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
+from pbe_fast.data import ImageSet, as_image_set, split
+from pbe_fast.engine.forward import predict_logits
+from pbe_fast.errors import InputError
+from pbe_fast.metrics import evaluate
+from pbe_fast.models import Normalized, SmallCNN
+from pbe_fast.poison import triggered_test_set
+from pbe_fast.purify import purify
+from pbe_fast.ranking import poisoned_share, rank_images
+from pbe_fast.result import PurifyResult
+
+SHAPE = (1, 8, 8)
+PLAIN = FineTuneConfig(lr=0.02, batch_size=32, augment="none")
+QUICK = PurifyConfig(
+    pgd=PGDConfig(eps=0.05, steps=2),
+    finetune=PLAIN,
+    adversarial_steps=4,
+    clean_steps=3,
+    clean_epochs=1,
+    fractions=(0.1, 0.25, 0.5),
+    initial="random",
+)
+
+
+def quarters(n: int = 160, seed: int = 0) -> ImageSet:
+    """Four classes: which quarter of a noisy image is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    images = torch.randint(0, 60, (n, *SHAPE), dtype=torch.uint8, generator=generator)
+    for i, label in enumerate(labels.tolist()):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        images[i, 0, row : row + 3, column : column + 3] += 120
+    return ImageSet(images, labels, tuple("abcd"), name="quarters")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 4)
+    )
+
+
+@pytest.fixture(scope="module")
+def infected() -> InfectedModel:
+    training = FineTuneConfig(lr=0.05, batch_size=32, augment="none", mix_clean=False, distill_weight=0.0)
+    config = AttackConfig(attack="badnets", epochs=8, training=training)
+    return train_infected(network(), quarters(), config=config, device="cpu", precision="fp32", progress=False)
+
+
+def run(model: nn.Module, train: Any = None, clean: Any = None, *, seed: int = 0, **options: Any) -> PurifyResult:
+    config = dataclasses.replace(QUICK, **options)
+    return purify(
+        model, train, clean_data=clean, config=config, seed=seed, device="cpu", precision="fp32", progress=False
+    )
+
+
+def logits(model: nn.Module) -> Tensor:
+    return predict_logits(model, quarters(seed=9).images)
+
+
+# The caller's model
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    model[0].requires_grad_(False)  # type: ignore[index]
+    return model.eval()
+
+
+def _partly_training(model: nn.Module) -> nn.Module:
+    model.train()
+    model[1].eval()  # type: ignore[index]
+    return model
+
+
+VARIANTS = {
+    "eval": lambda m: m.eval(),
+    "train": lambda m: m.train(),
+    "partly training": _partly_training,
+    "half": lambda m: m.half().eval(),
+    "double": lambda m: m.double().eval(),
+    "frozen": _frozen,
+    "all frozen": lambda m: m.requires_grad_(False),
+}
+
+
+def _description(model: nn.Module) -> list[tuple[Any, ...]]:
+    parameters = [(n, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()]
+    buffers = [(n, b.dtype, b.device, b.requires_grad) for n, b in model.named_buffers()]
+    return parameters + buffers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("with_clean_set", [False, True])
+def test_the_caller_s_model_is_not_changed_and_the_new_one_is_of_its_kind(
+    infected: InfectedModel, variant: str, with_clean_set: bool
+) -> None:
+    model = VARIANTS[variant](copy.deepcopy(infected.model))
+    before = copy.deepcopy(model)
+    modes = [m.training for m in model.modules()]
+    strides = [p.stride() for p in model.parameters()]
+    sets = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
+    result = run(model, **sets)
+
+    assert [m.training for m in model.modules()] == modes
+    assert _description(model) == _description(before)
+    assert [p.stride() for p in model.parameters()] == strides
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
+
+    assert result.model is not model
+    assert _description(result.model) == _description(before)
+    assert not any(m.training for m in result.model.modules())
+    for name, value in result.model.state_dict().items():
+        assert value.isfinite().all()
+        # Before batch normalisation a bias does nothing, and hardly moves.
+        assert name == "0.bias" or not torch.equal(value, before.state_dict()[name]), name
+    predict_logits(result.model, infected.train_data.images)  # it works in its own dtype
+
+
+def test_the_user_s_data_are_not_changed(infected: InfectedModel) -> None:
+    before = infected.train_data.images.clone()
+    run(infected.model, infected.train_data)
+    assert torch.equal(infected.train_data.images, before)
+
+
+# What decides
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize("with_clean_set", [False, True])
+def test_the_seed_fixes_everything(infected: InfectedModel, random_start: bool, with_clean_set: bool) -> None:
+    pgd = PGDConfig(eps=0.05, steps=2, random_start=random_start)
+    finetune = dataclasses.replace(PLAIN, augment="crop")
+    sets = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
+    results = []
+    for outer, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(outer)
+        results.append(logits(run(infected.model, **sets, seed=seed, pgd=pgd, finetune=finetune).model))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
+
+
+def test_the_global_random_state_goes_on_as_before(infected: InfectedModel) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(infected.model, infected.train_data)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# Without a clean set
+
+
+def test_every_round_of_algorithm_1_is_in_the_history(infected: InfectedModel) -> None:
+    result = run(infected.model, infected.train_data)
+    assert [e["round"] for e in result.history] == [0, 1, 2]
+    assert [e["extra_set_size"] for e in result.history] == [16, 40, 80]
+    for entry in result.history:
+        assert math.isfinite(entry["adversarial_loss"])
+        assert math.isfinite(entry["clean_loss"])
+        assert entry["seconds"] > 0
+        assert 0 < entry["ap_of_poisoned"] <= 1
+        assert 0 < entry["ap_of_clean"] <= 1
+        assert 0 <= entry["extra_set_poison_rate"] <= 1
+    json.dumps(result.history, allow_nan=False)
+    assert set(result.seconds) >= {"adversarial", "clean", "ranking"}
+    assert result.config.fractions == (0.1, 0.25, 0.5)
+    assert result.precision == "float32"
+    assert result.train_data is not None
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(160, dtype=torch.bool)])
+def test_where_the_truth_is_not_known_nothing_is_said_of_it(infected: InfectedModel, mask: Tensor | None) -> None:
+    unknown = dataclasses.replace(infected.train_data, poison_mask=mask, true_labels=None)
+    result = run(infected.model, unknown)
+    known = {"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"}
+    assert all(not known & set(entry) for entry in result.history)
+
+
+def test_the_algorithm_does_not_look_at_the_truth(infected: InfectedModel) -> None:
+    blind = dataclasses.replace(infected.train_data, poison_mask=None, true_labels=None)
+    seeing = run(infected.model, infected.train_data)
+    assert torch.equal(logits(run(infected.model, blind).model), logits(seeing.model))
+
+
+def test_the_ranking_is_by_eq_9_against_the_infected_model(infected: InfectedModel) -> None:
+    result = run(infected.model, infected.train_data)
+    images = infected.train_data.images
+    expected = rank_images(predict_logits(infected.model, images), predict_logits(result.model, images))
+    assert result.ranking is not None
+    torch.testing.assert_close(result.ranking.distance, expected.distance, atol=1e-6, rtol=1e-3)
+    assert torch.equal(result.suspected(), result.ranking.suspected())
+
+
+def test_the_next_extra_set_is_the_top_of_the_ranking(infected: InfectedModel) -> None:
+    mask = infected.train_data.poison_mask
+    assert mask is not None
+    first = run(infected.model, infected.train_data, fractions=(0.25,))
+    assert first.ranking is not None
+    shares = []
+    for fraction in (0.3, 0.6, 1.0):
+        both = run(infected.model, infected.train_data, fractions=(0.25, fraction))
+        assert both.history[0]["extra_set_poison_rate"] == first.history[0]["extra_set_poison_rate"]
+        assert both.history[1]["extra_set_poison_rate"] == poisoned_share(first.ranking.top(fraction), mask)
+        shares.append(both.history[1]["extra_set_poison_rate"])
+    assert shares[2] == 0.1
+
+
+@pytest.mark.parametrize(("steps", "epochs", "per_round"), [(3, 1, [3, 3, 3]), (3, 2, [3, 4, 6]), (0, 0, [0, 0, 0])])
+def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int, per_round: list[int]) -> None:
+    # Batches of 32: the extra sets of 16, 40 and 80 images make 1, 2 and 3.
+    before = int(infected.model.get_buffer("1.num_batches_tracked"))
+    result = run(infected.model, infected.train_data, clean_steps=steps, clean_epochs=epochs)
+    made = int(result.model.get_buffer("1.num_batches_tracked")) - before
+    assert made == 3 * 4 + sum(per_round)
+
+
+# With a clean set
+
+
+def test_with_a_clean_set_there_is_one_round_and_a_ranking_for_the_record(infected: InfectedModel) -> None:
+    result = run(infected.model, infected.train_data, quarters(40, seed=1))
+    (entry,) = result.history
+    assert entry["extra_set_size"] == 40
+    assert "extra_set_poison_rate" not in entry
+    assert {"ap_of_poisoned", "ap_of_clean"} <= set(entry)
+    assert result.ranking is not None
+    assert len(result.ranking.order) == 160
+
+
+def test_with_a_clean_set_the_training_set_may_be_missing_and_changes_nothing(infected: InfectedModel) -> None:
+    clean = quarters(40, seed=1)
+    alone = run(infected.model, None, clean)
+    assert alone.ranking is None
+    assert alone.train_data is None
+    assert len(alone.history) == 1
+    with pytest.raises(ValueError, match="no ranking"):
+        alone.suspected()
+    assert torch.equal(logits(alone.model), logits(run(infected.model, infected.train_data, clean).model))
+
+
+def test_a_pair_of_arrays_will_do_and_takes_the_classes_of_the_training_set(infected: InfectedModel) -> None:
+    clean = quarters(40, seed=1)
+    some = clean.labels < 2
+    pair = (clean.images[some].numpy(), clean.labels[some].numpy())
+    result = run(infected.model, infected.train_data, pair)
+    assert result.history[0]["extra_set_size"] == 20
+
+
+# Errors
+
+
+class Pair(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.mean((1, 2, 3)), images
+
+
+def test_no_data(infected: InfectedModel) -> None:
+    with pytest.raises(InputError, match="no data; got neither train_data nor clean_data; accepted: either or both"):
+        run(infected.model)
+
+
+def test_sets_of_different_shapes(infected: InfectedModel) -> None:
+    images = torch.zeros(4, 1, 9, 9, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"clean images of another shape.*got \(1, 9, 9\); accepted: \(1, 8, 8\)"):
+        run(infected.model, infected.train_data, (images, torch.tensor([0, 1, 2, 3])))
+
+
+def test_clean_labels_that_the_training_set_does_not_have(infected: InfectedModel) -> None:
+    with pytest.raises(InputError, match="labels"):
+        run(infected.model, infected.train_data, (torch.zeros(2, *SHAPE, dtype=torch.uint8), torch.tensor([0, 4])))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Pair(), "output of the model; got tuple of 2"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "fewer logits than the data has classes; got 3 logits"),
+        (nn.Conv2d(1, 4, 3), "output of the model; got torch.float32 of shape"),
+        (nn.Linear(5, 4), "forward pass fails"),
+        (network().state_dict(), "model; got OrderedDict"),
+    ],
+)
+def test_models_that_cannot_be_used(model: Any, text: str) -> None:
+    for sets in ({"train": quarters()}, {"clean": quarters()}):
+        with pytest.raises(InputError, match=text):
+            run(model, **sets)
+
+
+def test_a_device_and_a_precision_that_are_not_there(infected: InfectedModel) -> None:
+    with pytest.raises(InputError, match="device; got 'tpu'"):
+        purify(infected.model, infected.train_data, device="tpu", progress=False)
+    with pytest.raises(InputError, match="precision; got 'fp8'"):
+        purify(infected.model, infected.train_data, precision="fp8", device="cpu", progress=False)
+
+
+# Whether it works
+
+
+def test_digits_are_purified_with_a_clean_set() -> None:
+    train, test = (as_image_set(f"digits:{part}", progress=False) for part in ("train", "test"))
+    clean, train = split(train, 140, seed=0)
+    torch.manual_seed(0)
+    model = Normalized(SmallCNN(10, width=12), [0.3], [0.35])
+    training = FineTuneConfig(lr=0.05, batch_size=64, nesterov=True, warmup=0.1, mix_clean=False, distill_weight=0.0)
+    attack = AttackConfig(attack="blend", epochs=10, training=training)
+    infected = train_infected(model, train, config=attack, device="cpu", precision="fp32", progress=False)
+    triggered = triggered_test_set(test, infected.trigger)
+    before = evaluate(infected.model, test, triggered)
+    assert before.acc > 0.94
+    assert before.asr is not None and before.asr > 0.95
+
+    config = PurifyConfig(
+        pgd=PGDConfig(eps=0.1, steps=5),
+        finetune=FineTuneConfig(lr=0.02, batch_size=70),
+        adversarial_steps=50,
+        clean_steps=60,
+    )
+    result = pbe_fast.purify(
+        infected.model, clean_data=clean, config=config, device="cpu", precision="fp32", progress=False
+    )
+    after = evaluate(result.model, test, triggered)
+    assert after.asr is not None and after.asr < 0.15
+    assert after.acc > before.acc - 0.04
+    assert after.recovered_acc is not None and after.recovered_acc > 0.7
