@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ def train_infected(
     check_target(config.setting, config.target_label, clean.num_classes)
     check_model(model, clean.image_shape, clean.num_classes)
     trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
+    config = dataclasses.replace(config, attack=trigger.name)
 
     def draw(epoch: int) -> ImageSet:
         return poison(

@@ -1,18 +1,17 @@
 """Every option of the package, as frozen dataclasses with defaults that work.
 
-The command line builds its flags from these fields (``help`` and ``choices`` in their metadata), reports store them,
-and `to_dict` / `from_dict` carry them through JSON.
+The command line builds its flags from these fields (``help`` and ``choices`` in their metadata), and reports
+store them as `to_dict` gives them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from pbe_fast.errors import InputError
-
-T = TypeVar("T")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -42,8 +41,8 @@ class PGDConfig:
 
     def __post_init__(self) -> None:
         _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
-        _check(self.eps > 0, "eps", self.eps, "above 0")
-        _check(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0")
+        _check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
 
     @property
@@ -72,7 +71,7 @@ class FineTuneConfig:
     distill_temperature: float = option(2.0, "temperature of that term")
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "lr", self.lr, "above 0")
+        _check(0 < self.lr < math.inf, "lr", self.lr, "above 0")
         _check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")

@@ -123,6 +123,7 @@ def test_the_poisoned_subset_is_drawn_anew_in_every_epoch_where_the_trigger_asks
     mask = infected.train_data.poison_mask
     assert mask is not None
     assert mask.nonzero()[:, 0].tolist() == trigger.notes[0]
+    assert infected.config.attack == "noted"  # what was done, not the default
 
 
 def test_the_attack_is_the_one_that_the_options_name() -> None:

@@ -17,6 +17,7 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PGDConfig, {"norm": "l1"}),
     (PGDConfig, {"eps": 0.0}),
     (PGDConfig, {"eps": math.nan}),
+    (PGDConfig, {"eps": math.inf}),
     (PGDConfig, {"alpha": -0.1}),
     (PGDConfig, {"steps": 0}),
     (FineTuneConfig, {"lr": 0.0}),
