@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pbe_fast.engine.progress import progress as progress_bar
 from pbe_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ Pixels = NDArray[np.uint8]
 
 CHUNK = 256
 MAX_THREADS = 16
-BAR_AFTER_SECONDS = 2.0
 GREY_MODES = ("L", "LA", "La", "1")
 COLOUR_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -101,7 +100,7 @@ def gather(
     start = 0
     pending: deque[Future[int]] = deque()
     with (
-        tqdm(total=count, desc="reading images", unit="img", delay=BAR_AFTER_SECONDS, disable=not progress) as bar,
+        progress_bar(range(count), desc="reading images", enabled=progress) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         try:

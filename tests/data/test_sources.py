@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pbe_fast.data import ImageSet, as_image_set, decode, save_npz
+import pbe_fast.engine.progress as engine_progress
+from pbe_fast.data import ImageSet, as_image_set, save_npz
 from pbe_fast.data.decode import CHUNK
 from pbe_fast.data.sources import READERS
 from pbe_fast.errors import InputError
@@ -75,7 +76,8 @@ class Slow(torch.utils.data.Dataset[Any]):
 def test_the_bar_comes_only_for_slow_reading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "BAR_AFTER_SECONDS", 0.4)
+    monkeypatch.setattr(engine_progress, "DELAY_S", 0.4)
+    monkeypatch.setattr(engine_progress, "LOG_INTERVAL_S", 0.1)
     as_image_set(Slow())
     assert "reading images" in capsys.readouterr().err
     as_image_set(Slow(), progress=False)
