@@ -1,0 +1,225 @@
+"""Cosine scores, selection and the PGD step against PyTorch: `make bench` on a CPU, `make bench-gpu` on a GPU.
+
+Each case compares values first, then runs ours and the peer in turns. What is stored with it (``extra_info`` in the
+JSON): medians, interquartile ranges, the median of the rounds' ratios, and the share of the copy bandwidth measured in
+the same process. A case fails where the ratio or the share that it promises is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from racing import race, seconds_to_compile
+from torch import Tensor
+
+from pbe_fast.kernels.cosine_rank import cosine_distance, cosine_scores, select_top
+from pbe_fast.kernels.pgd_step import pgd_step
+
+Inputs = list[tuple[Any, ...]]
+
+
+def run_case(
+    benchmark: BenchmarkFixture,
+    ours: Callable[..., Any],
+    peer: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    bytes_moved: int,
+    ratio: float = 0.0,
+    share: float = 0.0,
+    device: str = "cpu",
+    rounds: int = 15,
+    **notes: Any,
+) -> None:
+    """Races the two, stores the outcome with the benchmark, and checks what was promised of it."""
+    result = race(ours, peer, inputs=inputs, device=device, rounds=rounds)
+    summary = result.summary(bytes_moved=bytes_moved, device=device)
+    benchmark.extra_info.update(summary, promised_ratio=ratio, promised_share=share, **notes)
+    # pytest-benchmark's own columns; on a GPU they are times of the launch, and extra_info has the device's.
+    benchmark.pedantic(ours, args=inputs[0], rounds=5)
+    assert summary["ratio"] >= ratio
+    assert summary["share_of_copy"] >= share
+
+
+def logit_pairs(
+    rows: int, classes: int, *, sets: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    pairs: Inputs = []
+    for _ in range(sets):
+        a = torch.randn(rows, classes, generator=generator, device=device)
+        b = a + 0.3 * torch.randn(rows, classes, generator=generator, device=device)
+        pairs.append((a.to(dtype), b.to(dtype)))
+    return pairs
+
+
+def distance_formula(a: Tensor, b: Tensor) -> Tensor:
+    """What a careful user writes: float32, and the form that keeps its digits near cos = 1."""
+    return 0.5 * (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1)
+
+
+def check_scores(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(cosine_scores(a, b), F.cosine_similarity(a.float(), b.float()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "classes", "ratio"), [(1_000_000, 10, 12.0), (100_000, 200, 15.0)])
+def test_cosine_scores(benchmark: BenchmarkFixture, rows: int, classes: int, ratio: float) -> None:
+    inputs = logit_pairs(rows, classes, sets=3)
+    check_scores(*inputs[0])
+    moved = rows * (2 * classes + 1) * 4
+    run_case(benchmark, cosine_scores, F.cosine_similarity, inputs, bytes_moved=moved, ratio=ratio)
+
+
+def test_cosine_distance_against_a_compiled_formula(benchmark: BenchmarkFixture) -> None:
+    inputs = logit_pairs(1_000_000, 10, sets=3)
+    compiled = torch.compile(distance_formula)
+    compile_seconds = seconds_to_compile(compiled, inputs[0])
+    torch.testing.assert_close(cosine_distance(*inputs[0]), compiled(*inputs[0]), rtol=1e-4, atol=1e-7)
+    moved = 1_000_000 * 21 * 4
+    run_case(
+        benchmark, cosine_distance, compiled, inputs, bytes_moved=moved, ratio=1.0, compile_seconds=compile_seconds
+    )
+
+
+def distances(rows: int, *, sets: int) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    return [(10 ** torch.empty(rows).uniform_(-8, 0, generator=generator),) for _ in range(sets)]
+
+
+def test_selection_of_seventy_percent(benchmark: BenchmarkFixture) -> None:
+    inputs = distances(1_000_000, sets=5)
+    n = 700_000
+
+    def ours(distance: Tensor) -> Tensor:
+        return select_top(distance, n=n)
+
+    def peer(distance: Tensor) -> Tensor:
+        return distance.argsort()[:n]
+
+    assert ours(*inputs[0]).equal(inputs[0][0].argsort(stable=True)[:n].sort().values)
+    run_case(benchmark, ours, peer, inputs, bytes_moved=1_000_000 * 4 + n * 8, ratio=8.0)
+
+
+def test_selection_against_topk(benchmark: BenchmarkFixture) -> None:
+    inputs = distances(1_000_000, sets=5)
+    n = 700_000
+
+    def ours(distance: Tensor) -> Tensor:
+        return select_top(distance, n=n)
+
+    def peer(distance: Tensor) -> Tensor:
+        return distance.topk(n, largest=False, sorted=False).indices
+
+    assert ours(*inputs[0]).equal(peer(*inputs[0]).sort().values)
+    run_case(benchmark, ours, peer, inputs, bytes_moved=1_000_000 * 4 + n * 8, ratio=1.0)
+
+
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+def pgd_inputs(images: int, *, sets: int, grad_dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """adv, grad, origin, mean, std."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (images, 3, 32, 32)
+    mean, std = torch.tensor([0.49, 0.48, 0.45], device=device), torch.tensor([0.25, 0.24, 0.26], device=device)
+    sets_of_tensors: Inputs = []
+    for _ in range(sets):
+        origin = torch.rand(shape, generator=generator, device=device)
+        noise = torch.rand(shape, generator=generator, device=device) * 2 - 1
+        grad = torch.randn(shape, generator=generator, device=device).to(grad_dtype)
+        sets_of_tensors.append(((origin + EPS * noise).clamp(0, 1), grad, origin, mean, std))
+    return sets_of_tensors
+
+
+def pgd_ours(out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    def step(adv: Tensor, grad: Tensor, origin: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        return pgd_step(adv, grad, origin, eps=EPS, alpha=ALPHA, mean=mean, std=std, out_dtype=out_dtype)
+
+    return step
+
+
+def pgd_expression(out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step as attack libraries write it, and the normalised input that the model computes next."""
+
+    def step(adv: Tensor, grad: Tensor, origin: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        adv = torch.add(adv, grad.sign(), alpha=ALPHA)
+        delta = torch.clamp(adv - origin, min=-EPS, max=EPS)
+        adv = torch.clamp(origin + delta, min=0, max=1)
+        return adv, ((adv - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)).to(out_dtype)
+
+    return step
+
+
+def check_pgd(arguments: tuple[Any, ...], out_dtype: torch.dtype) -> None:
+    for ours, expected in zip(pgd_ours(out_dtype)(*arguments), pgd_expression(out_dtype)(*arguments), strict=True):
+        rtol = {torch.float32: 4e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[ours.dtype]
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=2e-6)
+
+
+def pgd_bytes(images: int, grad_dtype: torch.dtype, out_dtype: torch.dtype) -> int:
+    return images * 3 * 32 * 32 * (3 * 4 + grad_dtype.itemsize + out_dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("peer", ["eager", "compiled"])
+def test_pgd_step(benchmark: BenchmarkFixture, dtype: torch.dtype, peer: str) -> None:
+    inputs = pgd_inputs(256, sets=6, grad_dtype=dtype)
+    check_pgd(inputs[0], dtype)
+    expression, notes = pgd_expression(dtype), {}
+    if peer == "compiled":
+        expression = torch.compile(expression)
+        notes["compile_seconds"] = seconds_to_compile(expression, inputs[0])
+    moved, ratio = pgd_bytes(256, dtype, dtype), 8.0 if peer == "eager" else 1.0
+    run_case(benchmark, pgd_ours(dtype), expression, inputs, bytes_moved=moved, ratio=ratio, rounds=61, **notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("peer", ["eager", "formula", "compiled"])
+def test_cosine_distance_on_a_gpu(benchmark: BenchmarkFixture, peer: str) -> None:
+    rows, classes = 1_280_000, 1000
+    inputs = logit_pairs(rows, classes, sets=1, dtype=torch.bfloat16, device="cuda")
+    a, b = inputs[0]
+    check_scores(a[:100_000], b[:100_000])
+    peers = {"eager": F.cosine_similarity, "formula": distance_formula, "compiled": torch.compile(distance_formula)}
+    notes = {"compile_seconds": seconds_to_compile(peers[peer], inputs[0])} if peer == "compiled" else {}
+    moved = rows * (2 * classes * 2 + 4)
+    run_case(
+        benchmark,
+        cosine_distance,
+        peers[peer],
+        inputs,
+        bytes_moved=moved,
+        ratio=1.0,
+        share=0.85,
+        device="cuda",
+        **notes,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("peer", ["eager", "compiled"])
+def test_pgd_step_on_a_gpu(benchmark: BenchmarkFixture, dtype: torch.dtype, peer: str) -> None:
+    images = 50_000
+    inputs = pgd_inputs(images, sets=1, grad_dtype=dtype, device="cuda")
+    check_pgd(inputs[0], dtype)
+    expression, notes = pgd_expression(dtype), {}
+    if peer == "compiled":
+        expression = torch.compile(expression)
+        notes["compile_seconds"] = seconds_to_compile(expression, inputs[0])
+    run_case(
+        benchmark,
+        pgd_ours(dtype),
+        expression,
+        inputs,
+        bytes_moved=pgd_bytes(images, dtype, dtype),
+        ratio=1.0,
+        share=0.8,
+        device="cuda",
+        **notes,
+    )
