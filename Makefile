@@ -31,7 +31,7 @@ $(READY): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
 	  echo "error: no environment; accepted: a Python with venv and pip (Debian: apt install python3-venv)"; exit 1; }
 	@# On Linux, pip's default index has only the build of PyTorch with CUDA, gigabytes of it.
 	@echo "== Packages ($(EXTRA) builds, 2 GB) and the native module: one to five minutes"; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRA),test,dev]'
+	  $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRA),test,dev]'
 	@touch $@
 	@echo "== Ready: $$($(BIN)/python -c 'import pbe_fast.kernels.backends as b; print(b.available_backends())')"
 
