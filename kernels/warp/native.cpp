@@ -9,8 +9,10 @@
 namespace pbe::warp {
 namespace {
 
-// Output elements worked on at a time: their taps and sums stay in the first-level cache.
-constexpr std::int64_t kTile = 512;
+// Output elements worked on at a time: their taps and sums stay in a close cache, and rows are read in long runs.
+constexpr std::int64_t kTile = 2048;
+// Planes that are sampled together, each tap being loaded once for all of them.
+constexpr std::int64_t kStack = 3;
 // Images that take their turn at one tile before the next tile is looked at: as many bytes as a cache should hold.
 constexpr std::int64_t kGroupBytes = 4 << 20;
 // Under this many elements a second thread costs more than it brings.
@@ -79,6 +81,7 @@ PBE_INLINE float moved(float coordinate, std::uint32_t half, float amplitude) {
 PBE_CLONES void noisy_taps(const float* grid, const std::uint32_t* words, std::int64_t n, float amplitude,
                            std::int32_t height, std::int32_t width, std::int32_t* offset, float* const* weight) {
   float *upper_left = weight[0], *upper_right = weight[1], *lower_left = weight[2], *lower_right = weight[3];
+#pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
     const AxisTaps x = axis_taps(moved(grid[2 * i], words[i] & 0xffffu, amplitude), width);
     const AxisTaps y = axis_taps(moved(grid[2 * i + 1], words[i] >> 16, amplitude), height);
@@ -151,7 +154,7 @@ class Worker {
         weight_(4 * capacity_),
         windows_(capacity_ / kBlock),
         places_(capacity_),
-        sums_(capacity_),
+        sums_(kStack * capacity_),
         words_(job.tile_pixels) {}
 
   void load_shared(std::int64_t tile, const std::int32_t* offsets, const float* weights) {
@@ -175,38 +178,51 @@ class Worker {
     set_taps(offset_.data() + at, weight, n);
   }
 
-  // The loaded tile, of every plane of one image.
-  void run(std::int64_t image, std::int64_t tile) {
+  // The loaded tile, of consecutive planes.
+  void run(std::int64_t begin, std::int64_t end, std::int64_t tile) {
     const Images& images = job_.images;
-    const std::int64_t first = tile * job_.tile_pixels * job_.lanes;
-    for (std::int64_t plane = 0; plane < job_.planes; ++plane) {
-      const std::int64_t start = (image * job_.planes + plane) * job_.plane.size;
-      const void* in = advance(images.images, start, images.in_type);
-      void* out = advance(images.out, start + first, images.out_type);
-      float* sums = images.out_type == DType::f32 ? static_cast<float*>(out) : sums_.data();
-      const Window* windows = job_.windows ? windows_.data() : nullptr;
+    const std::int64_t size = job_.plane.size, first = tile * job_.tile_pixels * job_.lanes;
+    for (; begin < end; begin += kStack) {
+      const std::int64_t count = std::min(kStack, end - begin);
+      const void* in = advance(images.images, begin * size, images.in_type);
+      void* out = advance(images.out, begin * size + first, images.out_type);
+      const bool in_place = images.out_type == DType::f32;
+      float* sums = in_place ? static_cast<float*>(out) : sums_.data();
+      const std::int64_t stride = in_place ? size : capacity_;
       if (images.in_type == DType::u8) {
-        sample(static_cast<const std::uint8_t*>(in), job_.plane, taps_, windows, places_.data(), sums);
+        sample_stack(static_cast<const std::uint8_t*>(in), sums, stride, count);
       } else {
-        sample(static_cast<const float*>(in), job_.plane, taps_, windows, places_.data(), sums);
+        sample_stack(static_cast<const float*>(in), sums, stride, count);
       }
-      if (!job_.scale.empty()) {
-        if (job_.lanes > 1) {
-          scale_shift(sums, taps_.n, job_.scale.data(), job_.shift.data());
-        } else {
-          scale_shift(sums, taps_.n, job_.scale[plane], job_.shift[plane]);
-        }
-      }
-      if (images.out_type == DType::u8) {
-        round_to_u8(sums, static_cast<std::uint8_t*>(out), taps_.n);
-      } else if (images.out_type != DType::f32) {
-        narrow(sums, out, images.out_type, taps_.n);
+      for (std::int64_t k = 0; k < count; ++k) {
+        finish(sums + k * stride, advance(out, k * size, images.out_type), (begin + k) % images.channels);
       }
     }
   }
 
  private:
   float* row(int tap) { return weight_.data() + tap * capacity_; }
+
+  template <class In>
+  void sample_stack(const In* in, float* sums, std::int64_t stride, std::int64_t count) {
+    const Stack<In> stack{in, job_.plane.size, sums, stride, count};
+    sample(stack, job_.plane, taps_, job_.windows ? windows_.data() : nullptr, places_.data());
+  }
+
+  void finish(float* sums, void* out, std::int64_t channel) const {
+    if (!job_.scale.empty()) {
+      if (job_.lanes > 1) {
+        scale_shift(sums, taps_.n, job_.scale.data(), job_.shift.data());
+      } else {
+        scale_shift(sums, taps_.n, job_.scale[channel], job_.shift[channel]);
+      }
+    }
+    if (job_.images.out_type == DType::u8) {
+      round_to_u8(sums, static_cast<std::uint8_t*>(out), taps_.n);
+    } else if (job_.images.out_type != DType::f32) {
+      narrow(sums, out, job_.images.out_type, taps_.n);
+    }
+  }
 
   void set_taps(const std::int32_t* offset, const float* const* weight, std::int64_t pixels) {
     const std::int64_t lanes = job_.lanes;
@@ -226,7 +242,10 @@ class Worker {
       }
       taps_ = {offset_.data(), {row(0), row(1), row(2), row(3)}, pixels * lanes};
     }
-    if (job_.windows) find_windows(taps_, job_.plane, windows_.data(), places_.data());
+    if (job_.windows) {
+      const std::int64_t columns = job_.images.in_type == DType::u8 ? kColumns<std::uint8_t> : kColumns<float>;
+      find_windows(taps_, job_.plane, columns, windows_.data(), places_.data());
+    }
   }
 
   const Job& job_;
@@ -270,7 +289,7 @@ bool run(const Images& images, const std::int32_t* offsets, const float* weights
     for (; begin < end; begin += group) {
       for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
         worker.load_shared(tile, offsets, weights);
-        for (std::int64_t image = begin; image < std::min(begin + group, end); ++image) worker.run(image, tile);
+        worker.run(begin * job.planes, std::min(begin + group, end) * job.planes, tile);
       }
     }
   });
@@ -286,7 +305,7 @@ void run_noise(const Images& images, const float* grid, float amplitude, const s
     for (std::int64_t image = begin; image < end; ++image) {
       for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
         worker.load_noisy(tile, grid, amplitude, image_ids[image], seed);
-        worker.run(image, tile);
+        worker.run(image * job.planes, (image + 1) * job.planes, tile);
       }
     }
   });

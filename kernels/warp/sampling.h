@@ -20,10 +20,11 @@ struct Taps {
   std::int64_t n;
 };
 
-// Neighbouring outputs sample from neighbouring places. Where the taps of kBlock outputs lie in at most four rows of
-// kColumns elements, a register holds those rows and a permutation of it replaces the separate loads.
+// Neighbouring outputs sample from neighbouring places. Where the taps of kBlock outputs lie in at most four rows of so
+// many columns, registers hold those rows and permutations of them replace the separate loads.
 constexpr std::int64_t kBlock = 16;
-constexpr std::int64_t kColumns = 32;
+template <class In>
+constexpr std::int64_t kColumns = sizeof(In) == 1 ? 32 : 24;
 
 struct Window {
   std::int32_t base;  // offset of the first row's first element
@@ -33,12 +34,22 @@ struct Window {
 // Whether this processor has the instructions (AVX-512 with VBMI).
 bool has_windows();
 // Fills windows (n / kBlock) and places (n): 32 * row + column of each top left tap within its window.
-void find_windows(const Taps& taps, const Plane& plane, Window* windows, std::uint8_t* places);
+void find_windows(const Taps& taps, const Plane& plane, std::int64_t columns, Window* windows, std::uint8_t* places);
+
+// Several planes that are sampled at the same taps, which are then loaded once.
+template <class In>
+struct Stack {
+  const In* in;
+  std::int64_t in_stride;
+  float* out;
+  std::int64_t out_stride;
+  std::int64_t count;
+};
 
 // out[i] = sum over the four taps. With windows null, or from the last whole block on, every tap is a load.
-void sample(const float* plane, const Plane& shape, const Taps& taps, const Window* windows, const std::uint8_t* places,
-            float* out);
-void sample(const std::uint8_t* plane, const Plane& shape, const Taps& taps, const Window* windows,
-            const std::uint8_t* places, float* out);
+void sample(const Stack<float>& stack, const Plane& plane, const Taps& taps, const Window* windows,
+            const std::uint8_t* places);
+void sample(const Stack<std::uint8_t>& stack, const Plane& plane, const Taps& taps, const Window* windows,
+            const std::uint8_t* places);
 
 }  // namespace pbe::warp

@@ -115,18 +115,19 @@ TEST(warp_windows_change_nothing) {
         const std::int64_t blocks = n / warp::kBlock;
         auto windows = buffer<warp::Window>(blocks);
         auto places = buffer<std::uint8_t>(blocks * warp::kBlock);
-        warp::find_windows(taps, plane, windows.get(), places.get());
         const warp::Window* found = warp::has_windows() ? windows.get() : nullptr;
-        const auto in = uniform(n, 0.0f, 1.0f, 9);
-        auto bytes = buffer<std::uint8_t>(n);
-        for (std::int64_t i = 0; i < n; ++i) bytes[i] = static_cast<std::uint8_t>(in[i] * 255.0f);
-        auto with = buffer<float>(n), without = buffer<float>(n);
-        warp::sample(in.get(), plane, taps, found, places.get(), with.get());
-        warp::sample(in.get(), plane, taps, nullptr, nullptr, without.get());
-        CHECK(std::equal(with.get(), with.get() + n, without.get()));
-        warp::sample(bytes.get(), plane, taps, found, places.get(), with.get());
-        warp::sample(bytes.get(), plane, taps, nullptr, nullptr, without.get());
-        CHECK(std::equal(with.get(), with.get() + n, without.get()));
+        const auto in = uniform(2 * n, 0.0f, 1.0f, 9);
+        auto bytes = buffer<std::uint8_t>(2 * n);
+        for (std::int64_t i = 0; i < 2 * n; ++i) bytes[i] = static_cast<std::uint8_t>(in[i] * 255.0f);
+        auto with = buffer<float>(2 * n), without = buffer<float>(2 * n);
+        warp::find_windows(taps, plane, warp::kColumns<float>, windows.get(), places.get());
+        warp::sample(warp::Stack<float>{in.get(), n, with.get(), n, 2}, plane, taps, found, places.get());
+        warp::sample(warp::Stack<float>{in.get(), n, without.get(), n, 2}, plane, taps, nullptr, nullptr);
+        CHECK(std::equal(with.get(), with.get() + 2 * n, without.get()));
+        warp::find_windows(taps, plane, warp::kColumns<std::uint8_t>, windows.get(), places.get());
+        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, with.get(), n, 2}, plane, taps, found, places.get());
+        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, without.get(), n, 2}, plane, taps, nullptr, nullptr);
+        CHECK(std::equal(with.get(), with.get() + 2 * n, without.get()));
       }
     }
   }
