@@ -86,7 +86,7 @@ def test_what_it_returns() -> None:
 
 def test_the_caller_s_model_and_data_are_not_changed() -> None:
     model, data = _network(), _data()
-    model[1].eval()
+    model.get_submodule("1").eval()
     state = copy.deepcopy(model.state_dict())
     modes = [m.training for m in model.modules()]
     images = data.images.clone()

@@ -111,7 +111,7 @@ def test_updates_equal_a_literal_loop(data: ImageSet, nesterov: bool) -> None:
             for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
                 g = g + 0.01 * p
                 v.copy_(g if step == 0 else 0.8 * v + g)
-                p -= rate * (g + 0.8 * v if nesterov else v)
+                p.sub_(rate * (g + 0.8 * v if nesterov else v))
     assert got_loss == pytest.approx(loss_sum / seen, rel=1e-4)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
@@ -139,8 +139,8 @@ def _fresh_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def test_the_adversarial_loss_is_on_images_attacked_in_eval_mode(data: ImageSet, mix: bool) -> None:
     model = network()
     with torch.no_grad():  # so that the statistics kept from training differ from those of a batch
-        model[1].running_mean.fill_(0.3)  # type: ignore[union-attr,operator]
-        model[1].running_var.fill_(4.0)  # type: ignore[union-attr,operator]
+        model.get_buffer("1.running_mean").fill_(0.3)
+        model.get_buffer("1.running_var").fill_(4.0)
     batch = _first_batch(21, 8)
     images, labels = data.floats(batch), data.labels[batch]
     adversarial = pgd_attack(copy.deepcopy(model).eval(), images, labels, ATTACK)

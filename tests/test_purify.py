@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,17 +77,17 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    model[0].requires_grad_(False)  # type: ignore[index]
+    model.get_submodule("0").requires_grad_(False)
     return model.eval()
 
 
 def _partly_training(model: nn.Module) -> nn.Module:
     model.train()
-    model[1].eval()  # type: ignore[index]
+    model.get_submodule("1").eval()
     return model
 
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "eval": lambda m: m.eval(),
     "train": lambda m: m.train(),
     "partly training": _partly_training,
@@ -112,7 +113,7 @@ def test_the_caller_s_model_is_not_changed_and_the_new_one_is_of_its_kind(
     before = copy.deepcopy(model)
     modes = [m.training for m in model.modules()]
     strides = [p.stride() for p in model.parameters()]
-    sets = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
+    sets: dict[str, Any] = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
     result = run(model, **sets)
 
     assert [m.training for m in model.modules()] == modes
@@ -146,7 +147,7 @@ def test_the_user_s_data_are_not_changed(infected: InfectedModel) -> None:
 def test_the_seed_fixes_everything(infected: InfectedModel, random_start: bool, with_clean_set: bool) -> None:
     pgd = PGDConfig(eps=0.05, steps=2, random_start=random_start)
     finetune = dataclasses.replace(PLAIN, augment="crop")
-    sets = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
+    sets: dict[str, Any] = {"clean": quarters(40, seed=1)} if with_clean_set else {"train": infected.train_data}
     results = []
     for outer, seed in ((1, 0), (2, 0), (2, 1)):
         torch.manual_seed(outer)
@@ -297,9 +298,9 @@ def test_clean_labels_that_the_training_set_does_not_have(infected: InfectedMode
     ],
 )
 def test_models_that_cannot_be_used(model: Any, text: str) -> None:
-    for sets in ({"train": quarters()}, {"clean": quarters()}):
+    for train, clean in ((quarters(), None), (None, quarters())):
         with pytest.raises(InputError, match=text):
-            run(model, **sets)
+            run(model, train, clean)
 
 
 def test_a_device_and_a_precision_that_are_not_there(infected: InfectedModel) -> None:
@@ -322,14 +323,14 @@ def test_digits_are_purified_with_a_clean_set() -> None:
     infected = train_infected(model, train, config=attack, device="cpu", precision="fp32", progress=False)
     triggered = triggered_test_set(test, infected.trigger)
     before = evaluate(infected.model, test, triggered)
-    assert before.acc > 0.94
+    assert before.acc > 0.9
     assert before.asr is not None and before.asr > 0.95
 
     config = PurifyConfig(
         pgd=PGDConfig(eps=0.1, steps=5),
         finetune=FineTuneConfig(lr=0.02, batch_size=70),
-        adversarial_steps=50,
-        clean_steps=60,
+        adversarial_steps=40,
+        clean_steps=50,
     )
     result = pbe_fast.purify(
         infected.model, clean_data=clean, config=config, device="cpu", precision="fp32", progress=False

@@ -13,7 +13,7 @@ def images() -> Tensor:
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 4 * 3, 7)
@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_model_in_eval_mode(model: nn.Module, images: Te
         torch.testing.assert_close(got, model.eval()(images.float() / 255))
 
 
-def test_the_mode_of_every_submodule_is_as_before(model: nn.Module, images: Tensor) -> None:
+def test_the_mode_of_every_submodule_is_as_before(model: nn.Sequential, images: Tensor) -> None:
     model.train()
     model[1].eval()
     modes = [m.training for m in model.modules()]
@@ -77,7 +77,7 @@ def test_the_mode_of_every_submodule_is_as_before(model: nn.Module, images: Tens
     assert all(torch.equal(v, statistics[k]) for k, v in model.state_dict().items())
 
 
-def test_eval_mode_ends_with_an_error_too(model: nn.Module) -> None:
+def test_eval_mode_ends_with_an_error_too(model: nn.Sequential) -> None:
     model.train()
     model[3].eval()
     with pytest.raises(ZeroDivisionError), eval_mode(model) as inside:
