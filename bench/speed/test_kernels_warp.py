@@ -1,8 +1,8 @@
 """The warp against F.grid_sample: `make bench` on a CPU, `make bench-gpu` on a GPU; see test_kernels.py.
 
 On a CPU the batches are those of training (128 images at 32x32, 16 at 224x224), which a cache holds: with larger ones
-both sides wait for memory, and the float case at 32x32 cannot be six times as fast as a peer that runs at a fifth of the
-copy bandwidth. The peers get their grid expanded once, outside of the race.
+both sides wait for memory, and the float case at 32x32 cannot be six times as fast as a peer that already runs at a
+fifth of the copy bandwidth. The peers get their grid expanded once, outside of the race.
 """
 
 from __future__ import annotations
