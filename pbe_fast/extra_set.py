@@ -89,18 +89,21 @@ def initial_extra_set(
     return candidates[drawn]
 
 
-def next_extra_set(ranking: Ranking, labels: Tensor, attracting: Tensor, fraction: float) -> Tensor:
+def next_extra_set(
+    ranking: Ranking, labels: Tensor, attracting: Tensor, fraction: float, *, agrees: Tensor | None = None
+) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
 
     Labels left out of D_ext^0 have been forgotten a little, so that all their images rank low, poisoned or not; within
     such a label the poisoned ones still rank lowest. So it gives the top ``fraction`` of its better part, split by
-    Otsu's threshold.
+    Otsu's threshold, as far as the purified model agrees with the label: of a poisoned image it should not.
 
     Args:
         ranking: Of the training set.
         labels: (N,) int64.
         attracting: (K,) bool.
         fraction: Of the images.
+        agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
 
     Returns:
         int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label, exactly
@@ -112,6 +115,8 @@ def next_extra_set(ranking: Ranking, labels: Tensor, attracting: Tensor, fractio
         order = ranking.order[labels[ranking.order] == k]
         distance = ranking.distance[order]
         better = order[distance <= otsu_threshold(distance[distance.isfinite()])]
+        if agrees is not None and agrees[better].any():
+            better = better[agrees[better]]
         chosen.append(_first(better, fraction))
     return torch.cat(chosen)
 

@@ -96,7 +96,7 @@ class _Run:
         entry = self._purify_model(clean, round_index=0, teacher=self.infected)
         ranking = None
         if train is not None:
-            ranking = self._rank(train, self._logits(self.infected, train, "infected logits"))
+            ranking, _ = self._rank(train, self._logits(self.infected, train, "infected logits"))
             entry.update(_truth(ranking, None, train))
         self.history.append(entry)
         return self._result(ranking, train)
@@ -117,11 +117,12 @@ class _Run:
             entry = self._purify_model(extra, round_index=t, teacher=teacher)
             entry["attracting_labels"] = attracting.nonzero()[:, 0].tolist()
             # Step 3: the next extra set
-            ranking = self._rank(train, infected_logits)
+            ranking, agrees = self._rank(train, infected_logits)
             entry.update(_truth(ranking, chosen, train))
             self.history.append(entry)
             if t + 1 < len(self.config.fractions):
-                chosen = next_extra_set(ranking, train.labels, attracting, self.config.fractions[t + 1])
+                fraction = self.config.fractions[t + 1]
+                chosen = next_extra_set(ranking, train.labels, attracting, fraction, agrees=agrees)
         return self._result(ranking, train)
 
     def _attracting_labels(self, train: ImageSet) -> Tensor:
@@ -165,9 +166,11 @@ class _Run:
             "seconds": time.perf_counter() - start,
         }
 
-    def _rank(self, train: ImageSet, infected_logits: Tensor) -> Ranking:
+    def _rank(self, train: ImageSet, infected_logits: Tensor) -> tuple[Ranking, Tensor]:
+        """The ranking, and where the purified model agrees with the label."""
         with self._phase("ranking"):
-            return rank_images(infected_logits, self._logits(self.model, train, "ranking"))
+            purified_logits = self._logits(self.model, train, "ranking")
+            return rank_images(infected_logits, purified_logits), purified_logits.argmax(1) == train.labels
 
     def _logits(self, model: nn.Module, data: ImageSet, desc: str) -> Tensor:
         return predict_logits(model, data.images, dtype=self.dtype, desc=desc, show_progress=self.progress)

@@ -173,3 +173,17 @@ def test_an_attracting_label_may_have_no_images_or_none_with_a_finite_distance()
     chosen = next_extra_set(_ranking(distance), labels, SECOND, 0.5)
     assert len(chosen) == 10
     assert not (labels[chosen] == 1).any()
+
+
+def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_with() -> None:
+    # Ten images of label 0, which attracts; the even ones are poisoned, and rank among the clean ones.
+    labels = torch.zeros(10, dtype=torch.int64)
+    distance = torch.arange(10.0)
+    ranking = Ranking(distance=distance, order=distance.argsort(), num_nonfinite=0)
+    attracting = torch.tensor([True, False, False])
+    agrees = torch.arange(10) % 2 == 1
+    chosen = next_extra_set(ranking, labels, attracting, 1.0, agrees=agrees)
+    assert set(chosen.tolist()) <= {1, 3, 5, 7, 9}
+    assert len(chosen) == 2  # of the better half, 0 to 4
+    none_agree = torch.zeros(10, dtype=torch.bool)
+    assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
