@@ -58,6 +58,7 @@ def race(
     inputs: Iterable[tuple[Any, ...]] = ((),),
     rounds: int = 15,
     warmup: int = 3,
+    calls: int = 1,
     device: str = "cpu",
 ) -> Race:
     """Times both in turns, with the same arguments in a round; who goes first changes every round.
@@ -66,8 +67,10 @@ def race(
         ours: Called as ``ours(*arguments)``.
         peer: Called as ``peer(*arguments)``.
         inputs: Argument tuples that the rounds go through in a circle; enough of them do not fit in a cache together.
-        rounds: Timed calls of each.
-        warmup: Calls of each before.
+        rounds: Timed turns of each.
+        warmup: Turns of each before.
+        calls: Calls in a turn, whose mean counts. With more than one, what fits in the cache is found there, as in a
+            loop over one operation; a call shorter than a millisecond needs it to stand out from the clock.
         device: "cpu", or "cuda" for times taken by the device's own clock.
     """
     clock = _seconds_on_gpu if device == "cuda" else _seconds
@@ -77,7 +80,7 @@ def race(
     for number in range(-warmup, rounds):
         arguments = next(circle)
         for which in (0, 1) if number % 2 else (1, 0):
-            seconds = clock(runners[which], arguments)
+            seconds = clock(runners[which], arguments, calls)
             if number >= 0:
                 times[which].append(seconds)
     return Race(tuple(times[0]), tuple(times[1]))
@@ -98,20 +101,22 @@ def seconds_to_compile(function: Callable[..., object], arguments: tuple[Any, ..
     return _seconds(function, arguments)
 
 
-def _seconds(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+def _seconds(function: Callable[..., object], arguments: tuple[Any, ...], calls: int = 1) -> float:
     start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
+    for _ in range(calls):
+        function(*arguments)
+    return (time.perf_counter() - start) / calls
 
 
-def _seconds_on_gpu(function: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+def _seconds_on_gpu(function: Callable[..., object], arguments: tuple[Any, ...], calls: int = 1) -> float:
     _flush_cache().zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    function(*arguments)
+    for _ in range(calls):
+        function(*arguments)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 @cache
