@@ -83,7 +83,7 @@ def cosine_scores(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor
     Returns:
         (N,) float32 in [-1, 1] or NaN: 1 - distance, which near 1 has steps of 6e-8 only.
     """
-    return cosine_distance(a, b, backend=backend).neg_().add_(1.0)
+    return 1.0 - cosine_distance(a, b, backend=backend)
 
 
 def rank(distance: Tensor, *, n: int | None = None, fraction: float | None = None) -> RankResult:
