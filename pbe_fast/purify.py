@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbe_fast.attraction import attack_shares, attracting_labels
 from pbe_fast.config import PurifyConfig
-from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.data import ImageSet, as_train_and_clean
+from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import seeded
-from pbe_fast.errors import InputError
-from pbe_fast.extra_set import attack_shares, attracting_labels, initial_extra_set, next_extra_set
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import check_model
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
@@ -60,7 +61,7 @@ def purify(
     """
     config = config or PurifyConfig()
     where = resolve_device(device)
-    train, clean = _load_sets(train_data, clean_data, progress)
+    train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
     data = clean if clean is not None else train
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
@@ -84,7 +85,7 @@ class _Run:
         self.dtype = resolve_precision(device, precision)
         self.progress = progress
         self.device = device
-        self.infected = _frozen_copy(model, device)
+        self.infected = frozen_copy(model, device)
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.original = model
         self.generator = torch.Generator().manual_seed(seed)
@@ -182,14 +183,8 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _result(self, ranking: Ranking | None, train: ImageSet | None) -> PurifyResult:
-        model = self.model.eval().requires_grad_(True)
-        for original, purified in zip(self.original.parameters(), model.parameters(), strict=True):
-            purified.requires_grad_(original.requires_grad)
-            purified.data = purified.data.to(original.device, original.dtype)
-        for original_buffer, buffer in zip(self.original.buffers(), model.buffers(), strict=True):
-            buffer.data = buffer.data.to(original_buffer.device, original_buffer.dtype)
         return PurifyResult(
-            model=model,
+            model=restored(self.model, self.original),
             ranking=ranking,
             history=self.history,
             config=self.config,
@@ -211,25 +206,3 @@ def _truth(ranking: Ranking, chosen: Tensor | None, train: ImageSet) -> dict[str
     if chosen is not None:
         known["extra_set_poison_rate"] = poisoned_share(chosen, train.poison_mask)
     return known
-
-
-def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    copied: nn.Module = copy.deepcopy(model).to(device=device, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return copied.eval().requires_grad_(False)
-
-
-def _load_sets(train_data: Any, clean_data: Any, progress: bool) -> tuple[ImageSet | None, ImageSet | None]:
-    if train_data is None and clean_data is None:
-        raise InputError("no data", got="neither train_data nor clean_data", accepted="either or both")
-    train = None if train_data is None else as_image_set(train_data, progress=progress)
-    if clean_data is None:
-        return train, None
-    names = train.class_names if train is not None else None
-    clean = as_image_set(clean_data, class_names=names, progress=progress)
-    if train is not None and clean.image_shape != train.image_shape:
-        raise InputError(
-            "clean images of another shape than the training set's",
-            got=clean.image_shape,
-            accepted=str(train.image_shape),
-        )
-    return train, clean

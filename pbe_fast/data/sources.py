@@ -79,6 +79,30 @@ def as_image_set(
     raise _unknown(source)
 
 
+def as_train_and_clean(
+    train_data: Any, clean_data: Any, *, progress: bool = True
+) -> tuple[ImageSet | None, ImageSet | None]:
+    """The two sets of a purification, either of which may be None: clean images take the training set's classes.
+
+    Raises:
+        InputError: Neither is given, one cannot be read, or their images differ in shape.
+    """
+    if train_data is None and clean_data is None:
+        raise InputError("no data", got="neither train_data nor clean_data", accepted="either or both")
+    train = None if train_data is None else as_image_set(train_data, progress=progress)
+    if clean_data is None:
+        return train, None
+    names = train.class_names if train is not None else None
+    clean = as_image_set(clean_data, class_names=names, progress=progress)
+    if train is not None and clean.image_shape != train.image_shape:
+        raise InputError(
+            "clean images of another shape than the training set's",
+            got=clean.image_shape,
+            accepted=str(train.image_shape),
+        )
+    return train, clean
+
+
 def _unknown(source: Any) -> InputError:
     path = as_path(source)
     accepted = "; ".join(reader.form for reader in READERS)
