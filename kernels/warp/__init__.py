@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +28,14 @@ backends.LIB.define(
 )
 
 
-@dataclass(frozen=True)
-class Taps:
+class Taps(NamedTuple):
     """One grid for all images, as in `WarpPlan`."""
 
     offsets: Tensor
     weights: Tensor
 
 
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """A grid that moves by up to ``amplitude`` (units of the grid), differently for each image."""
 
     grid: Tensor
@@ -46,8 +44,7 @@ class Noise:
     seed: int
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What every version works on: checked tensors, images and out dense and in one layout."""
 
     images: Tensor
@@ -107,27 +104,27 @@ def warp(
     if (mean is None) != (std is None):
         raise ValueError("mean and std; got one of them; accepted: both or neither")
     mean, std = _per_channel("mean", mean, images), _per_channel("std", std, images)
-    with torch.no_grad():
-        if noise is None:
-            plan = grid if isinstance(grid, WarpPlan) else WarpPlan.of(grid)
-            shared = (images, plan.offsets, plan.weights, mean, std, out_dtype)
-            if backend is None:
-                return torch.ops.pbe_fast.warp.default(*shared)  # type: ignore[no-any-return]
-            return _shared(_named(backend, images))(*shared)
-        if image_ids is None:
-            raise ValueError("image_ids; got None with noise; accepted: int64 (B,), which determine each image's noise")
-        if not isinstance(grid, WarpPlan):
-            check_grid(grid)
-        positions = grid.grid if isinstance(grid, WarpPlan) else grid
-        own = (images, positions, noise / max(images.shape[2], 1), image_ids, seed, mean, std, out_dtype)
+    images = images.detach() if images.requires_grad else images
+    if noise is None:
+        plan = grid if isinstance(grid, WarpPlan) else WarpPlan.of(grid)
+        shared = (images, plan.offsets, plan.weights, mean, std, out_dtype)
         if backend is None:
-            return torch.ops.pbe_fast.warp_noise.default(*own)  # type: ignore[no-any-return]
-        return _noisy(_named(backend, images))(*own)
+            return torch.ops.pbe_fast.warp.default(*shared)  # type: ignore[no-any-return]
+        return _shared(_named(backend, images))(*shared)
+    if image_ids is None:
+        raise ValueError("image_ids; got None with noise; accepted: int64 (B,), which determine each image's noise")
+    if not isinstance(grid, WarpPlan):
+        check_grid(grid)
+    positions = (grid.grid if isinstance(grid, WarpPlan) else grid).detach()
+    own = (images, positions, noise / max(images.shape[2], 1), image_ids, seed, mean, std, out_dtype)
+    if backend is None:
+        return torch.ops.pbe_fast.warp_noise.default(*own)  # type: ignore[no-any-return]
+    return _noisy(_named(backend, images))(*own)
 
 
 def _per_channel(name: str, values: Tensor | Sequence[float] | None, images: Tensor) -> Tensor | None:
     if values is None or isinstance(values, Tensor):
-        return values
+        return None if values is None else values.detach()
     if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
         raise ValueError(f"{name}; got {values}; accepted: finite{'' if name == 'mean' else ' and positive'}")
     return torch.tensor(values, dtype=torch.float32, device=images.device)
@@ -143,13 +140,12 @@ def _check(images: Tensor, source: Taps | Noise, mean: Tensor | None, std: Tenso
         raise TypeError("out_dtype; got uint8 for float images or with mean; accepted: uint8 for plain uint8 images")
     if height < 1 or width < 1 or height * width * channels > LARGEST:
         raise ValueError(f"images; got shape {tuple(images.shape)}; accepted: at least 1 x 1, under 2^31 per image")
-    wanted: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {}
     if isinstance(source, Taps):
-        wanted["offsets"] = source.offsets, (height * width,), torch.int32
-        wanted["weights"] = source.weights, (4, height * width), torch.float32
+        _check_tensor("offsets", source.offsets, (height * width,), torch.int32, images)
+        _check_tensor("weights", source.weights, (4, height * width), torch.float32, images)
     else:
-        wanted["grid"] = source.grid, (height, width, 2), torch.float32
-        wanted["image_ids"] = source.image_ids, (batch,), torch.int64
+        _check_tensor("grid", source.grid, (height, width, 2), torch.float32, images)
+        _check_tensor("image_ids", source.image_ids, (batch,), torch.int64, images)
         if not math.isfinite(source.amplitude):
             raise ValueError(f"noise; got {source.amplitude}; accepted: finite")
         if not 0 <= source.seed < 2**63:
@@ -157,13 +153,15 @@ def _check(images: Tensor, source: Taps | Noise, mean: Tensor | None, std: Tenso
     if (mean is None) != (std is None):
         raise ValueError("mean and std; got one of them; accepted: both or neither")
     if mean is not None and std is not None:
-        wanted["mean"] = mean, (channels,), torch.float32
-        wanted["std"] = std, (channels,), torch.float32
-    for name, (value, shape, dtype) in wanted.items():
-        if value.shape != shape or value.dtype != dtype or value.device != images.device:
-            got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
-            fitting = f"{dtype} {shape} on {images.device}"
-            raise ValueError(f"{name} for images {tuple(images.shape)}; got {got}; accepted: {fitting}")
+        _check_tensor("mean", mean, (channels,), torch.float32, images)
+        _check_tensor("std", std, (channels,), torch.float32, images)
+
+
+def _check_tensor(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, images: Tensor) -> None:
+    if value.shape != shape or value.dtype != dtype or value.device != images.device:
+        got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
+        fitting = f"{dtype} {shape} on {images.device}"
+        raise ValueError(f"{name} for images {tuple(images.shape)}; got {got}; accepted: {fitting}")
 
 
 def _call(

@@ -13,8 +13,11 @@ namespace {
 constexpr std::int64_t kTile = 2048;
 // Planes that are sampled together, each tap being loaded once for all of them.
 constexpr std::int64_t kStack = 3;
-// Images that take their turn at one tile before the next tile is looked at: as many bytes as a cache should hold.
-constexpr std::int64_t kGroupBytes = 4 << 20;
+// Images take their turn at one tile before the next tile is looked at. Their parts of two neighbouring tiles, which
+// share rows, should stay in the second-level cache.
+constexpr std::int64_t kGroupBytes = 1 << 20;
+// Results of this size have left the caches before they are read: nor do they need to be fetched to be written.
+constexpr std::int64_t kStreamBytes = 8 << 20;
 // Under this many elements a second thread costs more than it brings.
 constexpr std::int64_t kGrain = 16384;
 // In larger planes find_windows could not divide in float32.
@@ -123,6 +126,7 @@ struct Job {
   std::int64_t planes;  // per image
   Plane plane;
   bool windows;
+  bool streamed;
   std::vector<float> scale, shift;  // per channel, or per element of a tile in channels_last; empty: neither
 
   explicit Job(const Images& i) : images(i), pixels(i.height * i.width) {
@@ -134,7 +138,11 @@ struct Job {
     const auto row = static_cast<std::int32_t>(i.width * lanes);
     plane = {pixels * lanes, row, i.width > 1 ? static_cast<std::int32_t>(lanes) : 0, i.height > 1 ? row : 0};
     windows = has_windows() && plane.size < kLargestPlane;
-    if (i.out_type == DType::u8 || (i.in_type == DType::f32 && i.mean == nullptr)) return;
+    const bool is_plain = i.out_type == DType::u8 || (i.in_type == DType::f32 && i.mean == nullptr);
+    const std::int64_t out_bytes = i.batch * i.channels * pixels * size_of(i.out_type);
+    streamed = is_plain && i.out_type == DType::f32 && out_bytes >= kStreamBytes && plane.size % kBlock == 0 &&
+               reinterpret_cast<std::uintptr_t>(i.out) % (kBlock * sizeof(float)) == 0;
+    if (is_plain) return;
     const std::int64_t count = i.channels_last ? tile_pixels * lanes : i.channels;
     for (std::int64_t at = 0; at < count; ++at) {
       const float mean = i.mean == nullptr ? 0.0f : i.mean[at % i.channels];
@@ -205,7 +213,7 @@ class Worker {
 
   template <class In>
   void sample_stack(const In* in, float* sums, std::int64_t stride, std::int64_t count) {
-    const Stack<In> stack{in, job_.plane.size, sums, stride, count};
+    const Stack<In> stack{in, job_.plane.size, sums, stride, count, job_.streamed};
     sample(stack, job_.plane, taps_, job_.windows ? windows_.data() : nullptr, places_.data());
   }
 
@@ -282,7 +290,8 @@ bool run(const Images& images, const std::int32_t* offsets, const float* weights
   const std::int64_t last = pixels - 1 - (images.width > 1 ? 1 : 0) - (images.height > 1 ? images.width : 0);
   if (!all_within(offsets, pixels, static_cast<std::int32_t>(last))) return false;
   const Job job(images);
-  const std::int64_t bytes = pixels * images.channels * (size_of(images.in_type) + size_of(images.out_type));
+  const std::int64_t bytes =
+      std::min(job.tile_pixels, pixels) * images.channels * (size_of(images.in_type) + size_of(images.out_type));
   const std::int64_t group = std::max<std::int64_t>(kGroupBytes / std::max<std::int64_t>(bytes, 1), 1);
   split(job, threads, [&](std::int64_t begin, std::int64_t end, std::int64_t tile_begin, std::int64_t tile_end) {
     Worker worker(job);

@@ -91,12 +91,17 @@ PBE_WINDOWS PBE_INLINE Weights weights_at(const Taps& taps, std::int64_t i) {
           _mm512_loadu_ps(taps.weight[3] + i)};
 }
 
-PBE_WINDOWS PBE_INLINE void store_weighted(const Weights& weight, __m512 a, __m512 b, __m512 c, __m512 d, float* out) {
+PBE_WINDOWS PBE_INLINE void store_weighted(const Weights& weight, __m512 a, __m512 b, __m512 c, __m512 d, float* out,
+                                           bool streamed) {
   __m512 sum = _mm512_mul_ps(weight.a, a);
   sum = _mm512_add_ps(sum, _mm512_mul_ps(weight.b, b));
   sum = _mm512_add_ps(sum, _mm512_mul_ps(weight.c, c));
   sum = _mm512_add_ps(sum, _mm512_mul_ps(weight.d, d));
-  _mm512_storeu_ps(out, sum);
+  if (streamed) {
+    _mm512_stream_ps(out, sum);
+  } else {
+    _mm512_storeu_ps(out, sum);
+  }
 }
 
 PBE_WINDOWS PBE_INLINE __m512i places_at(const std::uint8_t* places, std::int64_t i) {
@@ -119,7 +124,10 @@ PBE_WINDOWS PBE_INLINE void sample_window(const Stack<float>& stack, const Plane
     const float* at = stack.in + k * stack.in_stride + base;
     __m512 left[Rows], right[Rows];
     for (int row = 0; row < Rows; ++row, at += plane.row) {
-      const __m512 first = _mm512_loadu_ps(at), second = _mm512_castps256_ps512(_mm256_loadu_ps(at + 16));
+      __m512 first = _mm512_loadu_ps(at);
+      const __m512 second = _mm512_castps256_ps512(_mm256_loadu_ps(at + 16));
+      // A permutation overwrites an operand; without this gcc loads it twice, across cache lines, and not copies it.
+      __asm__("" : "+v"(first));
       left[row] = _mm512_permutex2var_ps(first, place, second);
       right[row] = _mm512_permutex2var_ps(first, right_place, second);
     }
@@ -130,7 +138,7 @@ PBE_WINDOWS PBE_INLINE void sample_window(const Stack<float>& stack, const Plane
       c = _mm512_mask_mov_ps(c, here[row], left[row + 1]);
       d = _mm512_mask_mov_ps(d, here[row], right[row + 1]);
     }
-    store_weighted(weight, a, b, c, d, stack.out + k * stack.out_stride + i);
+    store_weighted(weight, a, b, c, d, stack.out + k * stack.out_stride + i, stack.streamed);
   }
 }
 
@@ -168,7 +176,7 @@ PBE_WINDOWS PBE_INLINE void sample_window(const Stack<std::uint8_t>& stack, cons
     const std::uint8_t* at = stack.in + k * stack.in_stride + window.base;
     const __m512i quads = _mm512_permutex2var_epi8(two_rows(at, at + row1), all, two_rows(at + row2, at + row3));
     store_weighted(weight, byte_of(quads, 0), byte_of(quads, 1), byte_of(quads, 2), byte_of(quads, 3),
-                   stack.out + k * stack.out_stride + i);
+                   stack.out + k * stack.out_stride + i, stack.streamed);
   }
 }
 
@@ -188,6 +196,7 @@ PBE_WINDOWS void sample_windows(const Stack<In>& stack, const Plane& plane, cons
       }
     }
   }
+  if (s.streamed) _mm_sfence();
 }
 
 #endif

@@ -44,6 +44,8 @@ struct Stack {
   float* out;
   std::int64_t out_stride;
   std::int64_t count;
+  // Write past the caches; whole blocks of out must be aligned to 64 bytes.
+  bool streamed;
 };
 
 // out[i] = sum over the four taps. With windows null, or from the last whole block on, every tap is a load.
