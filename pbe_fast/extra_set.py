@@ -9,51 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pbe_fast.config import PGDConfig, PurifyConfig
-from pbe_fast.data import ImageSet
-from pbe_fast.engine.forward import predict_logits, to_input
-from pbe_fast.pgd import pgd_attack
+from pbe_fast.config import PurifyConfig
 from pbe_fast.ranking import Ranking, otsu_threshold
-
-_SAMPLE = 1000
-_BATCH = 250
-
-
-def attack_shares(
-    model: nn.Module, data: ImageSet, pgd: PGDConfig, *, generator: torch.Generator, dtype: torch.dtype
-) -> Tensor:
-    """Where the untargeted attack leads: the predicted labels of the adversarial images that are misclassified.
-
-    The paper's observation (Sec. 3.4.1): for a benign model about uniform, for an infected one the target label.
-
-    Args:
-        model: In eval mode, on the device of ``data``.
-        data: A random thousand of it is attacked.
-        pgd: The attack.
-        generator: On the CPU.
-        dtype: Of the matrix products.
-
-    Returns:
-        (K,) float64 on the CPU, summing to 1, or zeros if no image was misclassified. Logits that stand for no class of
-        the data are left out.
-    """
-    sample = torch.randperm(len(data), generator=generator)[:_SAMPLE].to(data.device)
-    reached = torch.zeros(data.num_classes, dtype=torch.int64)
-    for ids in sample.split(_BATCH):
-        labels = data.labels[ids]
-        adversarial = pgd_attack(model, to_input(data.images[ids]), labels, pgd, dtype=dtype, generator=generator)
-        pixels = (adversarial * 255).round_().to(torch.uint8)
-        predicted = predict_logits(model, pixels, dtype=dtype).argmax(1)
-        reached += torch.bincount(predicted[predicted != labels].cpu(), minlength=data.num_classes)[: data.num_classes]
-    return reached.double() / reached.sum().clamp_min(1)
-
-
-def attracting_labels(shares: Tensor) -> Tensor:
-    """(K,) bool: labels that attract more than twice their even share of adversarial images; none of two or fewer."""
-    return shares > 2 / len(shares)
 
 
 def initial_extra_set(
@@ -68,7 +28,7 @@ def initial_extra_set(
     Args:
         infected_logits: (N, K) of the training set.
         labels: (N,) int64.
-        attracting: (K,) bool, see `attracting_labels`.
+        attracting: (K,) bool, see `pbe_fast.attraction.attracting_labels`.
         config: ``fractions[0]`` sets the size, ``initial`` and ``hard_quantile`` the choice.
         generator: On the CPU.
 

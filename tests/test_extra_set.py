@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pbe_fast.config import PGDConfig, PurifyConfig
-from pbe_fast.data import ImageSet
-from pbe_fast.extra_set import attack_shares, attracting_labels, initial_extra_set, next_extra_set
+from pbe_fast.config import PurifyConfig
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.ranking import Ranking
 
 NONE = torch.zeros(4, dtype=torch.bool)
@@ -23,66 +22,6 @@ def _scores(n: int, k: int = 4) -> Tensor:
 def _ranking(distance: Tensor) -> Ranking:
     order = torch.sort(distance, stable=True).indices
     return Ranking(distance, order, int((~distance.isfinite()).sum()))
-
-
-class Leans(nn.Module):
-    """Answers label 0, 1 or 2 by the brightest third of the image; a brighter corner means label ``target``."""
-
-    def __init__(self, target: int, num_logits: int = 4) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.target, self.num_logits = target, num_logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = [third.mean((1, 2, 3)) * 10 for third in images[..., :6].split(2, dim=-1)]
-        logits += [torch.zeros_like(logits[0])] * (self.num_logits - 3)
-        # Next to nothing at the 0.39 of clean images, 12 at 0.51.
-        logits[self.target] = logits[self.target] + 2 * F.softplus(100 * (images[:, 0, 0, 6] - 0.45)) * self.weight
-        return torch.stack(logits, dim=1)
-
-
-def _thirds(n: int) -> ImageSet:
-    labels = torch.arange(n) % 3
-    images = torch.full((n, 1, 4, 7), 100, dtype=torch.uint8)
-    for i, label in enumerate(labels.tolist()):
-        images[i, :, :, 2 * label : 2 * label + 2] = 140
-    return ImageSet(images, labels, tuple("abcd"))
-
-
-@pytest.mark.parametrize("target", [1, 3])
-def test_the_untargeted_attack_leads_to_the_label_behind_the_shortcut(target: int) -> None:
-    pgd = PGDConfig(eps=0.12, steps=3)
-    shares = attack_shares(
-        Leans(target).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    )
-    assert shares.dtype == torch.float64
-    assert shares.sum() == pytest.approx(1)
-    # Images of the target's own label can only be led elsewhere.
-    assert shares[target] > 0.6
-    assert attracting_labels(shares).nonzero()[:, 0].tolist() == [target]
-
-
-def test_shares_are_of_misclassified_images_and_none_of_them_makes_zeros() -> None:
-    pgd = PGDConfig(eps=1e-4, steps=1)
-    shares = attack_shares(
-        Leans(1).eval(), _thirds(30), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    )
-    assert shares.tolist() == [0, 0, 0, 0]
-    assert not attracting_labels(shares).any()
-
-
-def test_a_model_may_have_more_logits_than_there_are_classes() -> None:
-    pgd = PGDConfig(eps=0.12, steps=3)
-    shares = attack_shares(
-        Leans(6, num_logits=8).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    )
-    assert shares.shape == (4,)
-
-
-def test_twice_the_even_share_attracts() -> None:
-    assert attracting_labels(torch.tensor([0.51, 0.49, 0.0, 0.0])).tolist() == [True, False, False, False]
-    assert attracting_labels(torch.tensor([0.26, 0.25, 0.25, 0.24])).tolist() == [False] * 4
-    assert attracting_labels(torch.tensor([1.0, 0.0])).tolist() == [False, False]
 
 
 def test_the_paper_s_first_set_is_random() -> None:

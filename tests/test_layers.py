@@ -18,7 +18,7 @@ LAYERS = (
     ("engine", "torchvision_compat"),
     ("data", "models", "triggers"),
     ("poison", "pgd", "metrics"),
-    ("finetune", "ranking"),
+    ("attraction", "finetune", "ranking"),
     ("extra_set", "result"),
     ("purify", "attack", "defenses", "scan"),
     ("export", "report", "distributed"),
