@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from pbe_fast.pgd import pgd_attack
 
 _SAMPLE = 1000
 _BATCH = 250
+_HALVINGS = 6
+_MOVED = 0.25
 
 
 def reached_labels(
@@ -64,25 +68,49 @@ def label_shares(counts: Tensor) -> Tensor:
 def attack_shares(
     model: nn.Module, data: ImageSet, pgd: PGDConfig, *, generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """Where the untargeted attack leads: the predicted labels of the adversarial images that are misclassified.
+    """Where the untargeted attack leads, at two sizes of eps: the labels reached by images that are misclassified.
 
-    For a benign model about uniform, says the paper, for an infected one the target label.
+    For a benign model about uniform, says the paper, for an infected one the target label. Which eps shows it depends
+    on the trigger. The way to a faint one (WaNet) is the shortest, and only the least eps that moves the images at all
+    finds it; one that changes every pixel a good deal (Blend) takes the full eps.
 
     Args:
         model: In eval mode, on the device of ``data``.
-        data: A random thousand of it is attacked.
-        pgd: The attack.
+        data: A random thousand of it, which the model answers with their label, is attacked.
+        pgd: The attack. Its eps is the larger one; the smaller is the least of eps / 2, ..., eps / 64 that moves a
+            quarter of the images to another label.
         generator: On the CPU.
         dtype: Of the matrix products.
 
     Returns:
-        (K,) float64 on the CPU, summing to 1, or zeros if no image was misclassified. Logits that stand for no class of
-        the data are left out.
+        (2, K) float64 on the CPU, for the smaller and the full eps: shares that count every label's images alike, and
+        sum to 1, or zeros where no image was misclassified. Logits that stand for no class of the data are left out.
     """
-    sample = torch.randperm(len(data), generator=generator)[:_SAMPLE].to(data.device)
-    return label_shares(reached_labels(model, data.select(sample), pgd, generator=generator, dtype=dtype))
+    sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * _SAMPLE].to(data.device))
+    right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
+    if not right.any():
+        return torch.zeros(2, data.num_classes, dtype=torch.float64)
+    sample = sample.select(right.nonzero()[:_SAMPLE, 0])
+
+    def attack(eps: float) -> Tensor:
+        scaled = dataclasses.replace(pgd, eps=eps, alpha=pgd.step_size * eps / pgd.eps)
+        return reached_labels(model, sample, scaled, generator=generator, dtype=dtype)
+
+    full = attack(pgd.eps)
+    for halvings in range(_HALVINGS, 0, -1):
+        least = attack(pgd.eps / 2**halvings)
+        if len(sample) - least.diagonal().sum() >= _MOVED * len(sample):
+            break
+    return torch.stack([_even_shares(least), _even_shares(full)])
+
+
+def _even_shares(counts: Tensor) -> Tensor:
+    """The labels' shares of the misclassified images, the images of every label together counting as one."""
+    misled = (counts - torch.diag(counts.diagonal())).double()
+    by_label = misled / misled.sum(1, keepdim=True).clamp_min(1)
+    return by_label.sum(0) / by_label.sum().clamp_min(1)
 
 
 def attracting_labels(shares: Tensor) -> Tensor:
-    """(K,) bool: labels that attract more than twice their even share of adversarial images; none of two or fewer."""
-    return shares > 2 / len(shares)
+    """(K,) bool: labels with more than twice their even share in any row of (..., K); none of two or fewer."""
+    return (shares > 2 / shares.shape[-1]).reshape(-1, shares.shape[-1]).any(0)

@@ -41,9 +41,9 @@ def test_the_untargeted_attack_leads_to_the_label_behind_the_shortcut(target: in
         Leans(target).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
     assert shares.dtype == torch.float64
-    assert shares.sum() == pytest.approx(1)
+    assert shares[1].sum() == pytest.approx(1)
     # Images of the target's own label can only be led elsewhere.
-    assert shares[target] > 0.6
+    assert shares[1, target] > 0.6
     assert attracting_labels(shares).nonzero()[:, 0].tolist() == [target]
 
 
@@ -52,8 +52,44 @@ def test_shares_are_of_misclassified_images_and_none_of_them_makes_zeros() -> No
     shares = attack_shares(
         Leans(1).eval(), _thirds(30), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
-    assert shares.tolist() == [0, 0, 0, 0]
+    assert shares.tolist() == [[0, 0, 0, 0]] * 2
     assert not attracting_labels(shares).any()
+
+
+class Faint(nn.Module):
+    """Label 2 is a step of 0.02 away in a single pixel, the other labels ten of them in every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = images[:, 0, :, 1:].mean((1, 2)) * self.weight
+        faint = 200 * torch.clamp(images[:, 0, 0, 0] - 0.2, max=0.02) - 2
+        return torch.stack([0.5 - 10 * (level - 0.5), 0.5 + 10 * (level - 0.5), faint, 0 * faint - 9], dim=1)
+
+
+def test_a_faint_trigger_shows_at_the_least_eps_that_moves_a_quarter_and_not_at_the_full_one() -> None:
+    labels = torch.arange(200) % 2
+    images = torch.where(labels == 1, 166, 89).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 5)
+    images[:, 0, 0, 0] = 51
+    data = ImageSet(images, labels, tuple("abcd"))
+    pgd = PGDConfig(eps=0.32, steps=5)
+    least, full = attack_shares(
+        Faint().eval(), data, pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    assert least.tolist() == [0, 0, 1, 0]
+    assert full[2] == 0
+    assert full[:2].tolist() == pytest.approx([0.5, 0.5])
+    assert attracting_labels(torch.stack([least, full])).tolist() == [False, False, True, False]
+
+
+def test_only_images_that_the_model_answers_rightly_are_attacked() -> None:
+    data = _thirds(60)
+    wrong = ImageSet(data.images, (data.labels + 1) % 3, data.class_names)
+    pgd = PGDConfig(eps=0.12, steps=3)
+    shares = attack_shares(Leans(3).eval(), wrong, pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    assert shares.tolist() == [[0, 0, 0, 0]] * 2
 
 
 def test_a_model_may_have_more_logits_than_there_are_classes() -> None:
@@ -61,13 +97,15 @@ def test_a_model_may_have_more_logits_than_there_are_classes() -> None:
     shares = attack_shares(
         Leans(6, num_logits=8).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
-    assert shares.shape == (4,)
+    assert shares.shape == (2, 4)
 
 
 def test_twice_the_even_share_attracts() -> None:
     assert attracting_labels(torch.tensor([0.51, 0.49, 0.0, 0.0])).tolist() == [True, False, False, False]
     assert attracting_labels(torch.tensor([0.26, 0.25, 0.25, 0.24])).tolist() == [False] * 4
     assert attracting_labels(torch.tensor([1.0, 0.0])).tolist() == [False, False]
+    either = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.6, 0.2, 0.1, 0.1]])
+    assert attracting_labels(either).tolist() == [True, True, False, False]
 
 
 def test_counts_are_by_label_and_label_reached_and_the_diagonal_withstood() -> None:
