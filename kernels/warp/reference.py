@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK32 = 0xFFFFFFFF
+from pbe_fast.kernels.philox import random_words
+
 # Fourth part of the counter beside the pixel and the image: no other operation draws the same numbers from one seed.
 STREAM = 0x57415250  # "WARP"
 
@@ -57,25 +58,9 @@ def taps(grid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return (y * width + x).flatten(-2), weights.flatten(-2)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al., 2011): four random words of 32 bits, as int64, from four counter words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & MASK32, seed >> 32 & MASK32
-    for _ in range(10):
-        # int64 products wrap modulo 2^64, and the mask takes the sign off the upper half.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32 & MASK32) ^ c1 ^ k0, b & MASK32, (a >> 32 & MASK32) ^ c3 ^ k1, a & MASK32
-        k0, k1 = k0 + 0x9E3779B9 & MASK32, k1 + 0xBB67AE85 & MASK32
-    return c0, c1, c2, c3
-
-
 def noise(image_ids: Tensor, seed: int, pixels: int) -> Tensor:
     """U(-1, 1) of shape (B, pixels, 2): one Philox call gives 32 bits to each of four pixels, 16 for x and 16 for y."""
-    quad = torch.arange((pixels + 3) // 4, device=image_ids.device)
-    ids = image_ids.view(-1, 1)
-    stream = torch.full_like(quad, STREAM)
-    four = torch.broadcast_tensors(*philox((quad, stream, ids & MASK32, ids >> 32 & MASK32), seed))
-    words = torch.stack(four, dim=-1).flatten(1)[:, :pixels]
+    words = random_words(image_ids, seed, STREAM, pixels)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
     return (2 * halves + 1).float() * 2.0**-16 - 1  # centres of 2^16 equal intervals: exact in float32
 
