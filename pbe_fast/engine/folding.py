@@ -1,0 +1,190 @@
+"""A frozen copy of a model for what never trains: the attack and the ranking."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from pbe_fast.engine.copies import frozen_copy
+
+# Modules whose work is a matrix product with their weight: what mixed precision computes in the short format.
+_PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class FrozenCopy(nn.Module):
+    """The model in eval mode, without gradients for its parameters, in the form that computes fastest.
+
+    Batch normalisation that provably follows a convolution, and nothing else does, is folded into it; the weights of
+    convolutions and linear layers are held in ``dtype``, so that no forward pass casts them. Everything else is as in
+    the model, whose own ``forward`` runs, under autocast. What the copy computes in has one address for good: a
+    CUDA graph stays valid when `refresh` brings new weights.
+
+    Args:
+        model: Returns logits for float images; on any device. It is not changed.
+        dtype: Of the matrix products: float32, or a 16-bit format.
+        image_shape: (C, H, W) of its input. Folding is tried on two random images of that shape, and given up where
+            the logits change; without a shape nothing is folded.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype = torch.float32, image_shape: tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__()
+        device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+        self.dtype = dtype
+        self._device_type = device.type
+        pairs = foldable_pairs(model) if image_shape is not None else []
+        self.net = frozen_copy(model, device)
+        if pairs and image_shape is not None:
+            folded = _folded(model, pairs, device)
+            if _agree(self.net, folded, torch.Size((2, *image_shape)), device):
+                self.net = folded
+            else:
+                pairs = []
+        self._pairs = pairs
+        if dtype != torch.float32:
+            _hold_products(self.net, dtype)
+        self._own = {
+            name: tensor
+            for name, tensor in _state(self.net).items()
+            if not any(name in (f"{conv}.weight", f"{conv}.bias") for conv, _ in pairs)
+        }
+        self.eval()
+        self.refresh(model)
+
+    @property
+    def folded(self) -> tuple[tuple[str, str], ...]:
+        """Names of the (convolution, batch normalisation) pairs that became one convolution."""
+        return tuple(self._pairs)
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Takes the current weights and BN statistics of ``model``, the one copied or another of its architecture."""
+        state = _state(model)
+        if self._own:
+            torch._foreach_copy_(list(self._own.values()), [state[name] for name in self._own])
+        for conv, norm in self._pairs:
+            _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the model returns for float images (B, C, H, W)."""
+        # No cache: what autocast keeps of one pass would be stale, or of a graph's memory, in the next.
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self._device_type, dtype=self.dtype, enabled=enabled, cache_enabled=False):
+            out: Tensor = self.net(images)
+        return out
+
+
+def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions with the batch normalisation that alone takes their output, each called once.
+
+    The model's ``forward`` is followed symbolically, on a copy. Where it decides by the values or the sizes of
+    tensors that cannot be done, and there are no pairs. Modules of derived types, with hooks, or known under two
+    names are left alone.
+    """
+    try:
+        traced = copy.deepcopy(model).eval()
+        tracer = fx.Tracer()
+        graph = tracer.trace(traced, concrete_args=_defaults(traced))
+    except Exception:
+        # Whatever a foreign forward raises on a symbol, it is only known that it cannot be followed.
+        return []
+    modules = dict(traced.named_modules())
+    names = Counter(id(module) for _, module in traced.named_modules(remove_duplicate=False))
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    touched = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+    def plain(name: str, types: tuple[type, ...]) -> bool:
+        module = modules[name]
+        return (
+            type(module) in types
+            and names[id(module)] == 1
+            and calls[name] == 1
+            and name not in touched
+            and "forward" not in vars(module)
+            and not any(getattr(module, hooks) for hooks in _HOOKS)
+        )
+
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or not plain(str(node.target), _NORMS):
+            continue
+        source = node.args[0] if node.args else None
+        follows = isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1
+        has_statistics = modules[str(node.target)].running_mean is not None
+        if follows and has_statistics and plain(str(source.target), _CONVOLUTIONS):  # type: ignore[union-attr]
+            pairs.append((str(source.target), str(node.target)))  # type: ignore[union-attr]
+    return pairs
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    """The defaults of ``forward``'s further arguments: with them, and not with symbols, the model is called."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _folded(model: nn.Module, pairs: list[tuple[str, str]], device: torch.device) -> nn.Module:
+    net = frozen_copy(model, device)
+    for conv, norm in pairs:
+        target = net.get_submodule(conv)
+        weight = target.get_parameter("weight")
+        target.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
+        target.bias = nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=False)
+        with torch.no_grad():
+            _fold_into(target, model.get_submodule(conv), model.get_submodule(norm))
+        net.set_submodule(norm, nn.Identity())
+    return net
+
+
+def _fold_into(target: nn.Module, conv: nn.Module, norm: nn.Module) -> None:
+    """gamma (W x + b - mu) / sqrt(var + eps) + beta, as the weight and bias of one convolution."""
+    assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    scale = torch.rsqrt(variance.float() + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -mean * scale if conv.bias is None else (conv.bias - mean) * scale
+    if norm.affine:
+        shift = shift + norm.bias
+    target.get_parameter("weight").copy_(conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1)))
+    target.get_parameter("bias").copy_(shift)
+
+
+def _agree(net: nn.Module, folded: nn.Module, shape: torch.Size, device: torch.device) -> bool:
+    """Whether two models give two random images the same logits, up to the rounding of float32."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        with torch.no_grad():
+            expected, got = net(images), folded(images)
+        return bool((expected - got).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1.0))
+    except Exception:
+        # Of a forward that asks an attribute of the batch normalisation that is no longer there, for one.
+        return False
+
+
+def _hold_products(net: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and biases of plain products in ``dtype``; a parameter that two modules share stays as it is."""
+    owners = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
+    for module in net.modules():
+        if type(module) in _PRODUCTS and not any(getattr(module, hooks) for hooks in _HOOKS):
+            for parameter in module.parameters(recurse=False):
+                if owners[id(parameter)] == 1:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        yield from model.named_parameters(remove_duplicate=False)
+        yield from model.named_buffers(remove_duplicate=False)
+
+    return dict(pairs())
