@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.config import FineTuneConfig, PGDConfig
-from pbe_fast.data.augment import augment
+from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 from pbe_fast.data.image_set import ImageSet
-from pbe_fast.engine.forward import to_input
+from pbe_fast.engine import profile
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
+from pbe_fast.engine.replay import Replay
 from pbe_fast.errors import PBEError
 from pbe_fast.pgd import pgd_attack
+
+__all__ = [
+    "DivergedError",
+    "FineTuner",
+    "balanced_batches",
+    "endless_batches",
+    "learning_rate_factor",
+    "steps_per_epoch",
+]
 
 
 class DivergedError(PBEError):
@@ -27,10 +37,11 @@ class DivergedError(PBEError):
 class FineTuner:
     """SGD over one model, with one cosine schedule from its first epoch to its last.
 
-    The model is changed in place. Weights and BN statistics stay in float32; matrix products run in ``dtype``.
+    The model is changed in place. Weights and BN statistics stay in float32; matrix products run in ``dtype``. A step
+    works on fixed buffers and asks for no value, so that a GPU replays it as a graph; on a CPU it runs as it stands.
 
     Args:
-        model: Returns (B, K) logits; on the device of the data.
+        model: Returns (B, K) logits; on the device where the work is done.
         config: Learning rate, batch size and the like.
         total_steps: Updates that the schedule spans.
         generator: On the CPU: order of the images, augmentation, random starts.
@@ -52,30 +63,62 @@ class FineTuner:
     ) -> None:
         self._model = model
         self._config = config
-        self._total_steps = total_steps
         self._generator = generator
         self._dtype = dtype
-        self._teacher = teacher if config.distill_weight > 0 else None
         self._show_progress = show_progress
-        self._step = 0
+        parameters = list(model.parameters())
+        self._device = parameters[0].device
+        self._rate = torch.zeros((), device=self._device)
+        self._loss_sum = torch.zeros((), device=self._device)
         self._optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
+            parameters,
+            lr=self._rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
             fused=True,
         )
+        self._recorded: dict[tuple[int, bool, nn.Module | None], _Step] = {}
+        self._recorded_for: tuple[ImageSet, bool] | None = None
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self.restart(total_steps=total_steps, teacher=teacher)
 
-    def run(self, data: ImageSet, *, steps: int, attack: PGDConfig | None = None, desc: str = "fine-tuning") -> float:
+    def restart(self, *, total_steps: int, teacher: nn.Module | None = None) -> None:
+        """A new schedule from rest, as a new round has it; what was recorded for a GPU stays in use.
+
+        Args:
+            total_steps: Updates that the schedule spans.
+            teacher: As for the class.
+        """
+        self._total_steps = total_steps
+        self._step = 0
+        self._teacher = teacher if self._config.distill_weight > 0 else None
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and self._config.momentum > 0:
+                # From zeros, the first update is the gradient itself, without a first step of another kind.
+                velocity = self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                velocity.zero_()
+
+    def run(
+        self,
+        data: ImageSet,
+        *,
+        steps: int,
+        attack: PGDConfig | None = None,
+        among: Tensor | None = None,
+        streamed: bool = False,
+        desc: str = "fine-tuning",
+    ) -> float:
         """Updates on ``data``, pass after pass; with ``attack``, on its adversarial images against the current weights.
 
         Adversarial batches also hold the unperturbed images where ``mix_clean`` says so: half of the loss each.
 
         Args:
-            data: On the device of the model.
+            data: On the device of the model, or on the CPU: then its batches are sent there one by one.
             steps: Number of updates.
             attack: Step 1a, or None for step 2.
+            among: int64 indices of the images to use, each once in a pass; all, if not given.
+            streamed: Read batches ahead also where data and model share a device, as for a memory map.
             desc: Text of the progress bar.
 
         Returns:
@@ -86,31 +129,99 @@ class FineTuner:
         """
         if steps == 0:
             return math.nan
-        total = torch.zeros((), device=data.device)
+        streamed = streamed or data.device != self._device
+        batches = draw_batches(
+            data,
+            steps=steps,
+            batch_size=self._config.batch_size,
+            augment=self._config.augment,
+            generator=self._generator,
+            device=self._device,
+            among=among,
+            streamed=streamed,
+        )
+        shown = progress(batches, total=steps, desc=desc, enabled=self._show_progress)
+        self._loss_sum.zero_()
         seen = 0
-        batches = itertools.islice(endless_batches(len(data), self._config.batch_size, self._generator), steps)
-        for batch in progress(batches, total=steps, desc=desc, enabled=self._show_progress):
-            batch = batch.to(data.device)
-            images = to_input(augment(data.images[batch], self._config.augment, self._generator))
-            labels = data.labels[batch]
-            loss = self._adversarial_loss(images, labels, attack) if attack else self._clean_loss(images, labels)
-            self._update(loss)
-            total += loss.detach() * len(batch)
-            seen += len(batch)
-        mean = float(total) / seen
+        for rate, batch in zip(self._rates(steps), shown, strict=True):
+            size = len(batch.ids)
+            step = self._step_for(data, size, attack, resident=not streamed)
+            step.buffers.load(batch)
+            self._rate.copy_(rate)
+            step.prepare()
+            if attack is not None:
+                step.buffers.adversarial.copy_(self._attack(step.buffers.images, step.buffers.labels, attack))
+            step.update()
+            seen += size
+            profile.record(images=size, forwards=size * self._forwards(attack))
+        self._step += steps
+        self._optimizer.zero_grad(set_to_none=True)
+        mean = float(self._loss_sum) / seen
         if not math.isfinite(mean):
             raise DivergedError(
                 f"{desc} diverged: got a loss of {mean}; a learning rate below {self._config.lr} may help"
             )
         return mean
 
+    def _rates(self, steps: int) -> Tensor:
+        factors = [
+            learning_rate_factor(step, self._total_steps, self._config.warmup)
+            for step in range(self._step, self._step + steps)
+        ]
+        return torch.tensor([self._config.lr * factor for factor in factors]).to(self._device)
+
+    def _step_for(self, data: ImageSet, size: int, attack: PGDConfig | None, *, resident: bool) -> _Step:
+        """The step for batches of this size, which a GPU records once: its buffers and its functions over them."""
+        if (data, resident) != self._recorded_for:
+            # What was recorded reads the other set's memory.
+            self._recorded.clear()
+            self._recorded_for = (data, resident)
+        key = (size, attack is not None, self._teacher)
+        if key not in self._recorded:
+            buffers = Buffers(data, size, self._device, resident=resident)
+
+            def prepare() -> None:
+                buffers.fill(self._config.augment != "none")
+
+            def update() -> None:
+                if attack is None:
+                    loss = self._clean_loss(buffers.images, buffers.labels)
+                else:
+                    loss = self._adversarial_loss(buffers.adversarial, buffers.images, buffers.labels)
+                self._update(loss, size)
+
+            def whole() -> None:
+                prepare()
+                update()
+
+            if attack is None:
+                step = _Step(buffers, lambda: None, self._replay(whole))
+            else:
+                # The attack between them is recorded, or not, by itself.
+                step = _Step(buffers, self._replay(prepare), self._replay(update))
+            self._recorded[key] = step
+        return self._recorded[key]
+
+    def _replay(self, function: Callable[[], None]) -> Replay:
+        return Replay(function, self._device, pool=self._pool)
+
+    def _forwards(self, attack: PGDConfig | None) -> float:
+        """Work per image in forward passes: an update is three, a step of the attack two, the teacher one."""
+        work = 3.0 + (self._teacher is not None)
+        if attack is not None:
+            work += 2 * attack.steps + 3 * self._config.mix_clean
+            work -= self._teacher is not None and not self._config.mix_clean
+        return work
+
     def _clean_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(images)
         return F.cross_entropy(logits, labels) + self._distillation(logits, images)
 
-    def _adversarial_loss(self, images: Tensor, labels: Tensor, attack: PGDConfig) -> Tensor:
+    def _attack(self, images: Tensor, labels: Tensor, attack: PGDConfig) -> Tensor:
         self._model.eval()
-        adversarial = pgd_attack(self._model, images, labels, attack, dtype=self._dtype, generator=self._generator)
+        return pgd_attack(self._model, images, labels, attack, dtype=self._dtype, generator=self._generator)
+
+    def _adversarial_loss(self, adversarial: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         if not self._config.mix_clean:
             return F.cross_entropy(self._logits(adversarial), labels)
         both = torch.cat([adversarial, images]).contiguous(memory_format=torch.channels_last)
@@ -136,33 +247,23 @@ class FineTuner:
         )
         return self._config.distill_weight * t * t * divergence
 
-    def _update(self, loss: Tensor) -> None:
-        rate = self._config.lr * learning_rate_factor(self._step, self._total_steps, self._config.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+    def _update(self, loss: Tensor, size: int) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
-        self._step += 1
+        self._loss_sum.add_(loss.detach(), alpha=size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What a step does before the attack, and after it or in all."""
+
+    buffers: Buffers
+    prepare: Callable[[], None]
+    update: Replay
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     """Linear over the first ``warmup`` of the steps, and a half cosine over all of them; in [0, 1]."""
     rising = min(1.0, (step + 1) / max(1.0, warmup * total))
     return rising * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Batches in one pass over n images."""
-    return math.ceil(n / batch_size)
-
-
-def balanced_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random order of 0..n-1 in batches whose sizes differ by at most one: no small last batch upsets BN."""
-    yield from torch.randperm(n, generator=generator).tensor_split(steps_per_epoch(n, batch_size))
-
-
-def endless_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`balanced_batches`, pass after pass."""
-    while True:
-        yield from balanced_batches(n, batch_size, generator)

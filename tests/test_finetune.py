@@ -224,6 +224,60 @@ def test_augmentation_is_used(data: ImageSet) -> None:
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("attack", [None, ATTACK])
+def test_images_sent_batch_by_batch_train_like_resident_ones(data: ImageSet, attack: PGDConfig | None) -> None:
+    resident, streamed = network(), network()
+    config = plain(augment="crop+flip")
+    among = torch.tensor([20, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+    losses = [
+        tuner(model, config, 9).run(data, steps=9, attack=attack, among=among, streamed=model is streamed)
+        for model in (resident, streamed)
+    ]
+    assert losses[0] == losses[1]
+    for a, b in zip(resident.state_dict().values(), streamed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_among_some_images_is_training_on_a_set_of_them(data: ImageSet) -> None:
+    chosen = torch.tensor([20, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+    selected, among = network(), network()
+    tuner(selected, plain(augment="crop"), 5).run(data.select(chosen), steps=5)
+    tuner(among, plain(augment="crop"), 5).run(data, steps=5, among=chosen)
+    for a, b in zip(selected.state_dict().values(), among.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_set_that_changes_between_runs_is_seen(data: ImageSet) -> None:
+    other = ImageSet(255 - data.images, data.labels, data.class_names)
+    got, expected = network(), network()
+    one = tuner(got, plain(), 4, seed=3)
+    one.run(data, steps=2)
+    one.run(other, steps=2)
+    generator = torch.Generator().manual_seed(3)
+    two = FineTuner(expected, plain(), total_steps=4, generator=generator)
+    two.run(data, steps=2)
+    again = FineTuner(expected, plain(), total_steps=4, generator=generator)
+    again._step, again._optimizer = two._step, two._optimizer
+    again._rate = two._rate
+    again.run(other, steps=2)
+    for a, b in zip(got.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_restart_is_a_new_fine_tuner(data: ImageSet) -> None:
+    reused, fresh, teacher = network(), network(), network(seed=1).eval()
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    config = plain(distill_weight=1.0)
+    one = FineTuner(reused, config, total_steps=4, generator=generators[0], teacher=teacher)
+    one.run(data, steps=4)
+    one.restart(total_steps=3)
+    one.run(data, steps=3)
+    FineTuner(fresh, config, total_steps=4, generator=generators[1], teacher=teacher).run(data, steps=4)
+    FineTuner(fresh, config, total_steps=3, generator=generators[1]).run(data, steps=3)
+    for a, b in zip(reused.state_dict().values(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_steps_are_no_loss_and_no_change(data: ImageSet) -> None:
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}

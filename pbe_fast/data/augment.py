@@ -25,12 +25,37 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """
     if kind == "none":
         return images
-    batch, _, height, width = images.shape
-    pad = max(1, height // 16)
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
-    shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator).to(images.device)
-    out = windows[torch.arange(batch, device=images.device), :, shift[0], shift[1]]
+    moves = draw_moves(len(images), int(images.shape[2]), kind, generator)
+    return move(images, moves.to(images.device))
+
+
+def draw_moves(count: int, height: int, kind: str, generator: torch.Generator) -> Tensor:
+    """How each of ``count`` images is moved: (count, 3) int16 on the CPU of (down, right, mirrored).
+
+    Drawn for a whole pass at once, so that a pass costs one transfer to the device.
+    """
+    moves = torch.zeros(count, 3, dtype=torch.int16)
+    if kind != "none":
+        reach = _reach(height)
+        moves[:, :2] = torch.randint(-reach, reach + 1, (count, 2), generator=generator)
     if kind == "crop+flip":
-        mirrored = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
-        out = torch.where(mirrored.view(-1, 1, 1, 1), out.flip(-1), out)
-    return out
+        moves[:, 2] = torch.rand(count, generator=generator) < 0.5
+    return moves
+
+
+def move(images: Tensor, moves: Tensor) -> Tensor:
+    """Images (B, C, H, W) moved by (B, 3) ``moves`` on their device, as `draw_moves` makes them for their height."""
+    batch, channels, height, width = images.shape
+    reach = _reach(height)
+    down, right, mirrored = moves.long()[:, :, None].unbind(1)
+    rows = torch.arange(height, device=images.device) + (reach - down)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(mirrored == 1, columns.flip(0), columns) + (reach - right)
+    # One gather out of black-framed planes: no windows, no mirrored copy, and nothing that asks for a value.
+    source = (rows[:, :, None] * (width + 2 * reach) + columns[:, None, :]).view(batch, 1, -1)
+    framed = F.pad(images, (reach,) * 4).flatten(2)
+    return framed.gather(2, source.expand(-1, channels, -1)).view(images.shape)
+
+
+def _reach(height: int) -> int:
+    return max(1, height // 16)

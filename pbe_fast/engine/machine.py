@@ -1,4 +1,4 @@
-"""Where a result came from: versions, processor, commit and date."""
+"""Where a result came from: versions, processor, commit and date; and what the processor can do at best."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,36 @@ def git_commit(root: Path) -> str | None:
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     edits = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and edits else commit or None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the machine reaches: in a large matrix product, and reading and writing in a large copy."""
+
+    flops_per_second: float
+    copy_bytes_per_second: float
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best of a few matrix products in ``dtype`` and of a few copies, on the threads in use; about a second."""
+    size, copied = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = _shortest(lambda: torch.mm(a, b), device)
+    copy = _shortest(lambda: target.copy_(source), device)
+    return Peak(2 * size**3 / product, 2 * copied / copy)
+
+
+def _shortest(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    seconds = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def _versions() -> dict[str, str | None]:

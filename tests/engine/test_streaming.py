@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pbe_fast.engine.streaming import fits, stream
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (50, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
+def test_every_batch_arrives_once_and_in_order(images: Tensor, count: int) -> None:
+    batches = list(torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(6))[:count]
+    got = list(stream(images, batches, CPU))
+    assert len(got) == count
+    assert all(torch.equal(g, images[b]) for g, b in zip(got, batches, strict=True))
+
+
+def test_slices_are_batches_too_and_the_images_stay_as_they_are(images: Tensor) -> None:
+    before = images.clone()
+    first, last = stream(images, [slice(0, 32), slice(32, 64)], CPU)
+    first.zero_()
+    assert torch.equal(last, images[32:])
+    assert torch.equal(images, before)
+
+
+def test_batches_are_asked_for_a_little_ahead_and_read_by_another_thread(images: Tensor) -> None:
+    asked: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        for i in range(10):
+            asked.append(i)
+            yield torch.tensor([i])
+
+    sent = stream(images, batches(), CPU)
+    before = threading.active_count()
+    next(sent)
+    assert asked == [0, 1, 2]
+    assert threading.active_count() == before + 1
+    sent.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_an_index_that_is_not_there_is_an_error(images: Tensor) -> None:
+    with pytest.raises(IndexError):
+        list(stream(images, [torch.tensor([50])], CPU))
+
+
+def test_a_memory_map_is_read_batch_by_batch(images: Tensor, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", images.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="c"))
+    batches = list(torch.arange(50).flip(0).split(7))
+    assert all(torch.equal(g, images[b]) for g, b in zip(stream(mapped, batches, CPU), batches, strict=True))
+
+
+def test_the_limit_decides_what_rests_on_the_device(images: Tensor) -> None:
+    assert fits(images, CPU)
+    assert fits(images, CPU, images.numel())
+    assert not fits(images, CPU, images.numel() - 1)
