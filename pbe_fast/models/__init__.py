@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pbe_fast.models.adapters import features, last_linear
+from pbe_fast.models.adapters import batch_norms, conv_stages, features, last_linear, outputs_of
 from pbe_fast.models.check import check_model
 from pbe_fast.models.io import load_model, save_model
 from pbe_fast.models.normalized import Normalized
@@ -15,12 +15,15 @@ __all__ = [
     "Normalized",
     "PreActResNet18",
     "SmallCNN",
+    "batch_norms",
     "build_from_spec",
     "build_model",
     "check_model",
+    "conv_stages",
     "features",
     "last_linear",
     "load_model",
+    "outputs_of",
     "save_model",
     "spec_of",
 ]

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.errors import InputError
-from pbe_fast.models import Normalized, SmallCNN, build_model, features, last_linear
+from pbe_fast.models import (
+    Normalized,
+    SmallCNN,
+    batch_norms,
+    build_model,
+    conv_stages,
+    features,
+    last_linear,
+    outputs_of,
+)
 
 
 def hooks(model: nn.Module) -> int:
@@ -81,3 +90,46 @@ def test_models_without_such_features() -> None:
         features(Unused(), x)
     with pytest.raises(InputError, match=r"\(2, 1, 3, 2\) at the last linear layer"):
         features(Normalized(nn.Linear(2, 2), [0.0], [1.0]), x)
+
+
+# Stages
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "expected"),
+    [
+        ("preact_resnet18", 32, ["net.layer2", "net.layer3", "net.layer4"]),
+        ("resnet18", 64, ["net.layer2", "net.layer3", "net.layer4"]),
+        ("small_cnn", 16, ["net.bn2", "net.bn3"]),
+        # Its average pooling makes 7x7 of 2x2: that is no further stage.
+        ("torchvision:vgg11", 64, ["net.features.14", "net.features.19", "net.features.20"]),
+    ],
+)
+def test_stages_end_where_the_size_changes(arch: str, size: int, expected: list[str]) -> None:
+    width = 4 if arch in ("preact_resnet18", "small_cnn") else None
+    model = build_model(arch, num_classes=5, width=width, mean=[0.5] * 3, std=[0.2] * 3).eval()
+    assert conv_stages(model, torch.rand(1, 3, size, size), 3) == expected
+    assert conv_stages(model, torch.rand(1, 3, size, size), 2) == expected[-2:]
+    assert hooks(model) == sum(len(m._forward_hooks) for m in model.modules()) == 0
+
+
+def test_a_network_without_stages() -> None:
+    with pytest.raises(InputError, match="no module whose output is"):
+        conv_stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2), 3)
+
+
+def test_outputs_are_the_last_ones_and_listening_ends() -> None:
+    model = SmallCNN(3, width=4).eval()
+    with outputs_of(model, ["conv1", "linear"]) as outputs:
+        model(torch.rand(2, 1, 8, 8))
+        x = torch.rand(3, 1, 8, 8)
+        logits = model(x)
+    assert list(outputs) == ["conv1", "linear"]
+    assert torch.equal(outputs["conv1"], model.conv1(x)) and torch.equal(outputs["linear"], logits)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_batch_norms_are_those_with_weights() -> None:
+    assert list(batch_norms(Normalized(SmallCNN(3, width=4), [0.5], [0.5]))) == ["net.bn1", "net.bn2", "net.bn3"]
+    with pytest.raises(InputError, match="without batch normalisation; got Sequential"):
+        batch_norms(nn.Sequential(nn.BatchNorm2d(3, affine=False)))
