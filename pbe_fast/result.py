@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from pbe_fast.baselines import BaselineConfig
 from pbe_fast.config import PurifyConfig, to_dict
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.files import atomic_write, prepare_output, write_text
@@ -28,7 +30,7 @@ from pbe_fast.ranking import Ranking
 RANKING_NAME = "ranking.csv"
 REPORT_NAME = "report.json"
 # Made from a model that a new run replaces: kept beside the new one they would pass for its own.
-DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html")
+DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", "trigger_*.png")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,23 +40,28 @@ class PurifyResult:
     Attributes:
         model: In eval mode, with the device and dtypes of the model that was given.
         ranking: Of the training set (Eq. 9); None where none was given.
-        history: One entry per round: ``extra_set_size``, losses per epoch, ``seconds``, and where the truth is known
-            ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
+        history: Of PBE one entry per round: ``extra_set_size``, losses per epoch, ``seconds``, and where the truth is
+            known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``. Of another defence one entry per
+            ``step``, with what it found as ``finding``.
         config: The options of the run.
         seed: Of the run.
         seconds: By phase.
         precision: Of the matrix products.
         train_data: The ranked set.
+        method: "pbe", or the baseline of `pbe_fast.defenses.DEFENSES` that made it.
+        pictures: Evidence to look at, such as recovered triggers: (C, H, W) uint8 on the CPU by name.
     """
 
     model: nn.Module
     ranking: Ranking | None
     history: list[dict[str, Any]]
-    config: PurifyConfig
+    config: PurifyConfig | BaselineConfig
     seed: int
     seconds: dict[str, float]
     precision: str
     train_data: ImageSet | None = field(default=None, repr=False)
+    method: str = "pbe"
+    pictures: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def suspected(self) -> Tensor:
         """(N,) bool over the training set: images that look poisoned; see `Ranking.suspected`.
@@ -69,6 +76,7 @@ class PurifyResult:
     def report(self) -> dict[str, Any]:
         """Everything but the tensors, as plain JSON values: the contents of ``report.json``."""
         report: dict[str, Any] = {
+            "method": self.method,
             "rounds": self.history,
             "seconds": self.seconds,
             "config": to_dict(self.config),
@@ -85,7 +93,7 @@ class PurifyResult:
     def save(
         self, folder: str | os.PathLike[str], *, spec: ModelSpec | None = None, force: bool = False, **more: Any
     ) -> Path:
-        """Write ``model.safetensors``, ``config.json``, ``ranking.csv`` and ``report.json``, the report last.
+        """Write ``model.safetensors``, ``config.json``, ``ranking.csv``, pictures and ``report.json``, the report last.
 
         Args:
             folder: Made if need be.
@@ -106,6 +114,7 @@ class PurifyResult:
         if self.ranking is not None and self.train_data is not None:
             write_ranking(out / RANKING_NAME, self.ranking, self.train_data)
             names.append(RANKING_NAME)
+        names += [write_picture(out / f"{name}.png", picture).name for name, picture in self.pictures.items()]
         # What was asked for at the top, the circumstances below.
         write_report(out, {**more, **merged(self.report(), more)}, outputs=names)
         return out
@@ -167,6 +176,14 @@ def write_ranking(path: str | os.PathLike[str], ranking: Ranking, data: ImageSet
     return path
 
 
+def write_picture(path: Path, picture: Tensor) -> Path:
+    """A (C, H, W) uint8 picture, C of 1 or 3, as PNG."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(temporary)
+    return path
+
+
 def write_report(folder: Path, report: Mapping[str, Any], *, outputs: Iterable[str]) -> dict[str, Any]:
     """Write ``report.json`` with the digests of the files called ``outputs``; returns what was written."""
     digests = {name: sha256_of_file(folder / name) for name in outputs}
@@ -185,9 +202,10 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def discard(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of an earlier run that a new one makes untrue."""
+    """Remove files of an earlier run that a new one makes untrue; names may be patterns."""
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        for path in folder.glob(name):
+            path.unlink()
 
 
 def merged(report: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ ROOT = Path(pbe_fast.__file__).parent
 LAYERS = (
     ("errors",),
     ("kernels", "config"),
-    ("engine", "torchvision_compat"),
+    ("engine", "torchvision_compat", "baselines"),
     ("data", "models", "triggers"),
     ("poison", "pgd", "metrics"),
     ("attraction", "finetune", "ranking"),
