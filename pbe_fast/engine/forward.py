@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from pbe_fast.engine import profile
+from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
+from pbe_fast.engine.streaming import stream
+
+# What one batch may hold before memory decides: on a CPU more do not stay in its caches.
+_LARGEST = {"cuda": 4096}
+_LARGEST_ELSEWHERE = 512
+# Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
+_WORTH_FOLDING = 4096
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -19,51 +30,77 @@ def predict_logits(
     images: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 512,
+    batch_size: int | None = None,
+    streamed: bool = False,
     desc: str = "",
     show_progress: bool = False,
 ) -> Tensor:
     """The model's logits, in eval mode and without gradients.
 
     The train/eval state of every submodule is afterwards as it was. A batch that does not fit in the device's memory
-    is halved, never dropped.
+    is halved, never dropped. Of thousands of images, those of a copy with folded batch normalisation.
 
     Args:
         model: Returns (B, K) logits for float images in [0, 1]; in float32, or in the one dtype of its weights.
-        images: (N, C, H, W) uint8, on the model's device; N of at least 1.
+        images: (N, C, H, W) uint8, on the model's device, or on the CPU: then they are sent batch by batch. N of at
+            least 1.
         dtype: Of the matrix products.
-        batch_size: Images at a time, at most.
+        batch_size: Images at a time, at most; if not given, 4096 on a GPU and 512 elsewhere.
+        streamed: Read batches ahead also where images and model share a device, as for a memory map.
         desc: Text of the progress bar.
         show_progress: Whether there is one.
 
     Returns:
         (N, K) float32 on the device of ``images``.
     """
+    n, device = len(images), _device_of(model, images)
+    size = min(n, batch_size or _LARGEST.get(device.type, _LARGEST_ELSEWHERE))
+    weights = weight_dtype(model)
+    if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, FrozenCopy):
+        model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
+    streamed = streamed or images.device != device
     out: Tensor | None = None
     start = 0
-    weights = weight_dtype(model)
-    bar = progress(range(len(images)), desc=desc, enabled=show_progress)
+    bar = progress(range(n), desc=desc, enabled=show_progress)
     # no_grad, not inference_mode: what a model keeps from this pass must still do for a later backward pass.
-    with bar, eval_mode(model), torch.no_grad(), autocast(images.device, dtype):
-        while start < len(images):
-            logits: Tensor | None = None
+    with bar, eval_mode(model), torch.no_grad(), autocast(device, dtype):
+        while start < n:
             try:
-                logits = model(to_input(images[start : start + batch_size]).to(weights)).float()
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
+                for batch in _batches(images, start, size, device, streamed=streamed):
+                    logits = model(to_input(batch).to(weights)).float()
+                    if out is None:
+                        out = torch.empty(n, logits.shape[1], device=images.device)
+                    out[start : start + len(logits)] = logits
+                    start += len(logits)
+                    bar.update(len(logits))
+                    profile.record(images=len(logits), forwards=len(logits))
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
-            if logits is None:
+            if start < n:
                 # Not in the clause above: there the traceback still holds the memory of the batch that failed.
-                batch_size //= 2
-                torch.cuda.empty_cache()
-                continue
-            if out is None:
-                out = torch.empty(len(images), logits.shape[1], device=images.device)
-            out[start : start + len(logits)] = logits
-            start += len(logits)
-            bar.update(len(logits))
+                size //= 2
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
     assert out is not None
     return out
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out: a GPU's, the CPU's, or a workspace of cuDNN or cuBLAS."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return any(said in text for said in ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED"))
+
+
+def _batches(images: Tensor, start: int, size: int, device: torch.device, *, streamed: bool) -> Iterator[Tensor]:
+    slices = (slice(i, min(i + size, len(images))) for i in range(start, len(images), size))
+    return stream(images, slices, device) if streamed else (images[part] for part in slices)
+
+
+def _device_of(model: nn.Module, images: Tensor) -> torch.device:
+    return next((p.device for p in model.parameters()), images.device)
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:

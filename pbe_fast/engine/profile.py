@@ -17,8 +17,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
+from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.engine.files import write_text
-from pbe_fast.engine.forward import eval_mode
 from pbe_fast.engine.machine import Peak, measure_peak
 
 # Of each phase, so many calls of `record` are traced: a whole run would be gigabytes.
@@ -186,8 +186,9 @@ class Profile:
 def count_flops(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> int:
     """Floating-point operations of a forward pass of one image, a multiplication and an addition counted as two."""
     images = torch.zeros(1, *image_shape, device=device)
-    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
+    copy = frozen_copy(model, device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy(images)
     return int(counter.get_total_flops())
 
 

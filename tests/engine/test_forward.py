@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pbe_fast.engine import forward
+from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.forward import eval_mode, predict_logits, to_input, weight_dtype
 
 
@@ -141,3 +143,70 @@ def test_what_the_model_keeps_can_be_used_for_training(images: Tensor) -> None:
     fed = to_input(images).requires_grad_()
     model(fed).sum().backward()
     assert fed.grad is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_memory_may_run_out_in_other_words(images: Tensor, text: str) -> None:
+    class Words(Fits):
+        def forward(self, images: Tensor) -> Tensor:
+            try:
+                return super().forward(images)
+            except torch.OutOfMemoryError:
+                raise RuntimeError(text) from None
+
+    model = Words(5)
+    got = predict_logits(model, images)
+    torch.testing.assert_close(got, images.float().div(255).flatten(1)[:, :4] * 2)
+    assert model.tried == [23, 11, 5, 5, 5, 5, 3]
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(images: Tensor) -> None:
+    class Broken(Fits):
+        def forward(self, images: Tensor) -> Tensor:
+            self.tried.append(len(images))
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model = Broken(0)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        predict_logits(model, images)
+    assert model.tried == [23]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 512])
+def test_images_sent_batch_by_batch_get_the_same_logits(model: nn.Module, images: Tensor, batch_size: int) -> None:
+    resident = predict_logits(model, images, batch_size=batch_size)
+    assert torch.equal(predict_logits(model, images, batch_size=batch_size, streamed=True), resident)
+
+
+def test_a_streamed_batch_that_does_not_fit_is_halved_too(images: Tensor) -> None:
+    model = Fits(3)
+    got = predict_logits(model, images, batch_size=16, streamed=True)
+    torch.testing.assert_close(got, images.float().div(255).flatten(1)[:, :4] * 2)
+    assert model.tried == [16, 8, 4] + [2] * 11 + [1]
+
+
+def test_many_images_go_through_a_folded_copy(
+    model: nn.Sequential, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.train()
+    for _ in range(3):
+        model(to_input(images))
+    expected = predict_logits(model, images)
+    monkeypatch.setattr(forward, "_WORTH_FOLDING", 23)
+    calls: list[tuple[tuple[str, str], ...]] = []
+
+    class Watched(FrozenCopy):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(self.folded)
+            return super().forward(images)
+
+    monkeypatch.setattr(forward, "FrozenCopy", Watched)
+    torch.testing.assert_close(predict_logits(model, images), expected, atol=1e-5, rtol=1e-4)
+    assert calls == [(("0", "1"),)]
+    assert model.training
