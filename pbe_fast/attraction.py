@@ -7,11 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from pbe_fast.attacker import PGD
 from pbe_fast.config import PGDConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits, to_input
 from pbe_fast.engine.progress import progress
-from pbe_fast.pgd import pgd_attack
 
 _SAMPLE = 1000
 _BATCH = 250
@@ -48,10 +48,12 @@ def reached_labels(
     """
     k = data.num_classes
     counts = torch.zeros(k * k, dtype=torch.int64)
+    seed = int(torch.randint(2**62, (), generator=generator)) if pgd.random_start else 0
+    attack = PGD(model, pgd, image_shape=data.image_shape, batch_size=_BATCH, dtype=dtype, seed=seed, planned=len(data))
     batches = torch.arange(len(data), device=data.device).split(_BATCH)
     for ids in progress(batches, desc=desc, enabled=show_progress):
         labels = data.labels[ids]
-        adversarial = pgd_attack(model, to_input(data.images[ids]), labels, pgd, dtype=dtype, generator=generator)
+        adversarial = attack(to_input(data.images[ids]), labels, ids)
         pixels = (adversarial * 255).round_().to(torch.uint8)
         reached = predict_logits(model, pixels, dtype=dtype).argmax(1)
         known = reached < k

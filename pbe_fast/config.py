@@ -38,12 +38,18 @@ class PGDConfig:
     alpha: float | None = option(None, "step size; a quarter of eps if not given")
     steps: int = option(5, "number of steps")
     random_start: bool = option(False, "start at a random point of the ball")
+    restarts: int = option(1, "random starts per image; the one that reaches the highest loss counts")
+    early_stop: bool = option(False, "leave an image alone as soon as it is misclassified")
+    compile: str = option("auto", "compile the attacked network; auto: if the work pays for it", ("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
         _check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        _check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
+        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, "1 without a random start")
+        _check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
 
     @property
     def step_size(self) -> float:

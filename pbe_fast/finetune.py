@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe_fast.attacker import PGD
 from pbe_fast.config import FineTuneConfig, PGDConfig
 from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 from pbe_fast.data.image_set import ImageSet
@@ -18,7 +20,6 @@ from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
 from pbe_fast.errors import PBEError
-from pbe_fast.pgd import pgd_attack
 
 __all__ = [
     "DivergedError",
@@ -78,6 +79,7 @@ class FineTuner:
             nesterov=config.nesterov,
             fused=True,
         )
+        self._pgd: PGD | None = None
         self._recorded: dict[tuple[int, bool, nn.Module | None], _Step] = {}
         self._recorded_for: tuple[ImageSet, bool] | None = None
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -143,6 +145,9 @@ class FineTuner:
         shown = progress(batches, total=steps, desc=desc, enabled=self._show_progress)
         self._loss_sum.zero_()
         seen = 0
+        # Other random starts in every update, also where a pass brings the same image again.
+        first_seed = int(torch.randint(2**62, (), generator=self._generator)) if attack and attack.random_start else 0
+        seeds = itertools.count(first_seed)
         for rate, batch in zip(self._rates(steps), shown, strict=True):
             size = len(batch.ids)
             step = self._step_for(data, size, attack, resident=not streamed)
@@ -150,7 +155,11 @@ class FineTuner:
             self._rate.copy_(rate)
             step.prepare()
             if attack is not None:
-                step.buffers.adversarial.copy_(self._attack(step.buffers.images, step.buffers.labels, attack))
+                attacker = self._attacker_for(attack, data, steps)
+                ids = batch.ids.to(self._device, non_blocking=True)
+                step.buffers.adversarial.copy_(
+                    attacker(step.buffers.images, step.buffers.labels, ids, seed=next(seeds))
+                )
             step.update()
             seen += size
             profile.record(images=size, forwards=size * self._forwards(attack))
@@ -217,9 +226,20 @@ class FineTuner:
         logits = self._logits(images)
         return F.cross_entropy(logits, labels) + self._distillation(logits, images)
 
-    def _attack(self, images: Tensor, labels: Tensor, attack: PGDConfig) -> Tensor:
-        self._model.eval()
-        return pgd_attack(self._model, images, labels, attack, dtype=self._dtype, generator=self._generator)
+    def _attacker_for(self, attack: PGDConfig, data: ImageSet, steps: int) -> PGD:
+        """Step 1a against the current weights; what it holds, and records for a GPU, lasts for all rounds."""
+        if self._pgd is None or self._pgd.config != attack or self._pgd.image_shape != data.image_shape:
+            size = self._config.batch_size
+            self._pgd = PGD(
+                self._model,
+                attack,
+                image_shape=data.image_shape,
+                batch_size=size,
+                dtype=self._dtype,
+                planned=steps * size,
+            )
+        self._pgd.refresh(self._model)
+        return self._pgd
 
     def _adversarial_loss(self, adversarial: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         if not self._config.mix_clean:

@@ -1,6 +1,9 @@
-"""Step 1a: untargeted projected gradient descent (Eq. 4 to 6)."""
+"""Step 1a: untargeted projected gradient descent (Eq. 4 to 6), the definition."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,10 @@ from torch import Tensor, nn
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.precision import autocast
 from pbe_fast.kernels.pgd_step import pgd_step_
+from pbe_fast.kernels.philox import random_words
+
+# Philox's stream of the random starts, "PGD" and the number of the restart: no other operation draws the same numbers.
+_STREAM = 0x50474400
 
 
 def pgd_attack(
@@ -17,11 +24,13 @@ def pgd_attack(
     config: PGDConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    image_ids: Tensor | None = None,
 ) -> Tensor:
     """Adversarial copies of ``images``: the loss of their own labels maximised within the eps ball.
 
-    The model is used as it stands: put it in eval mode first. Its parameters get no gradients.
+    This is the plain loop, on the model as it stands: put it in eval mode first. Its parameters get no gradients.
+    `pbe_fast.attacker.PGD` gives the same images faster, and heeds ``restarts`` and ``early_stop``, too.
 
     Args:
         model: Returns (B, K) logits for float images in [0, 1].
@@ -29,29 +38,35 @@ def pgd_attack(
         labels: (B,) int64.
         config: Norm, radius, steps.
         dtype: Of the model's matrix products; the images stay in float32.
-        generator: On the CPU, for the random start.
+        seed: Of the random start.
+        image_ids: (B,) int64, what the random start of each image is drawn by; their positions if not given.
 
     Returns:
         (B, C, H, W) float32 in [0, 1], in the memory layout of ``images``.
     """
-    adversarial = random_start(images, config, generator) if config.random_start else images.clone()
+    adversarial = images.clone()
+    if config.random_start:
+        ids = torch.arange(len(images), device=images.device) if image_ids is None else image_ids
+        adversarial = random_start(images, ids, config, seed)
     for _ in range(config.steps):
-        gradient = input_gradient(model, adversarial, labels, dtype=dtype)
+        gradient, _ = input_gradient(model, adversarial, labels, dtype=dtype)
         pgd_step_(adversarial, gradient, images, eps=config.eps, alpha=config.step_size, norm=config.norm)
     return adversarial
 
 
-def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def input_gradient(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Gradient of the summed cross-entropy with respect to the images; no loss value, no weight gradients.
 
     Args:
         model: Returns (B, K) logits.
-        images: (B, C, H, W) float32.
+        images: (B, C, H, W), float32 or what the model takes.
         labels: (B,) int64.
         dtype: Of the matrix products.
 
     Returns:
-        (B, C, H, W) float32.
+        The gradient, (B, C, H, W) in the dtype of the images, and the logits.
     """
     images = images.detach().requires_grad_()
     with torch.enable_grad(), autocast(images.device, dtype):
@@ -60,15 +75,27 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, dtype: t
     start = torch.softmax(logits.detach().float(), dim=1)
     start.scatter_add_(1, labels[:, None], start.new_full((len(labels), 1), -1.0))
     (gradient,) = torch.autograd.grad(logits, images, start.to(logits.dtype))
-    return gradient
+    return gradient, logits.detach()
 
 
-def random_start(images: Tensor, config: PGDConfig, generator: torch.Generator | None) -> Tensor:
-    """A random point of the eps ball around each image: uniform in the box, or in the l2 ball."""
+def random_start(
+    images: Tensor, image_ids: Tensor, config: PGDConfig, seed: int | Tensor, restart: int | Tensor = 0
+) -> Tensor:
+    """A random point of the eps ball around each image: uniform in the box, or in the l2 ball.
+
+    It depends on seed, image id, restart and the element's place, not on the batch, the layout or the device (in the l2
+    ball, up to the rounding of logarithms and cosines).
+    """
+    size = images[0].numel() if len(images) else 0
+    # Two words for two normals (Box and Muller, 1958), and a last one for the radius.
+    words = random_words(image_ids, seed, _STREAM + restart, size if config.norm == "linf" else size + size % 2 + 1)
+    # Centres of 2^23 equal intervals of (0, 1): exact in float32.
+    uniform = ((words >> 9) * 2 + 1).float() * 2.0**-24
     if config.norm == "linf":
-        noise = torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1
+        noise = uniform * 2 - 1
     else:
-        direction = torch.randn(images.shape, generator=generator).flatten(1)
-        radius = torch.rand(len(images), 1, generator=generator) ** (1 / direction.shape[1])
-        noise = (radius * direction / direction.norm(dim=1, keepdim=True)).view(images.shape).to(images.device)
-    return torch.add(images, noise, alpha=config.eps).clamp_(0, 1)
+        radius = (-2 * uniform[:, :-1:2].log()).sqrt()
+        angle = uniform[:, 1:-1:2] * (2 * math.pi)
+        direction = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :size]
+        noise = uniform[:, -1:] ** (1 / max(size, 1)) * direction / direction.norm(dim=1, keepdim=True)
+    return torch.add(images, noise.view(images.shape), alpha=config.eps).clamp_(0, 1)

@@ -18,6 +18,7 @@ LAYERS = (
     ("engine", "torchvision_compat", "baselines"),
     ("data", "models", "triggers"),
     ("poison", "pgd", "metrics"),
+    ("attacker",),
     ("attraction", "finetune", "ranking"),
     ("extra_set", "result"),
     ("purify", "attack", "defenses", "scan"),

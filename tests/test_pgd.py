@@ -59,7 +59,9 @@ def literal_pgd(model: nn.Module, x: Tensor, y: Tensor, config: PGDConfig) -> Te
 def test_gradient_is_that_of_the_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     x = images.clone().requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(model(x), labels, reduction="sum"), x)
-    got = input_gradient(model, images, labels)
+    got, logits = input_gradient(model, images, labels)
+    torch.testing.assert_close(logits, model(images))
+    assert not logits.requires_grad
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
     assert not images.requires_grad
 
@@ -93,7 +95,7 @@ def test_stays_in_the_ball_and_in_the_box_and_the_loss_grows(
     eps = 0.05 if norm == "linf" else 0.8
     config = PGDConfig(norm=norm, eps=eps, steps=5, random_start=start)
     before = images.clone()
-    got = pgd_attack(model, images, labels, config, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    got = pgd_attack(model, images, labels, config, dtype=dtype, seed=0)
     assert torch.equal(images, before)
     assert got.dtype == torch.float32
     assert not got.requires_grad
@@ -128,9 +130,9 @@ def test_channels_last_images_stay_so_and_give_the_same(
     model: nn.Module, images: Tensor, labels: Tensor, start: bool
 ) -> None:
     config = PGDConfig(norm="l2", eps=0.5, steps=3, random_start=start)
-    wanted = pgd_attack(model, images, labels, config, generator=torch.Generator().manual_seed(5))
+    wanted = pgd_attack(model, images, labels, config, seed=5)
     other = images.contiguous(memory_format=torch.channels_last)
-    got = pgd_attack(model, other, labels, config, generator=torch.Generator().manual_seed(5))
+    got = pgd_attack(model, other, labels, config, seed=5)
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
@@ -146,7 +148,7 @@ def test_images_do_not_depend_on_their_batch(model: nn.Module, images: Tensor, l
 def test_random_start_is_uniform_in_the_ball(norm: str) -> None:
     config = PGDConfig(norm=norm, eps=0.25)
     images = torch.full((4000, 1, 1, 3), 0.5)
-    noise = (random_start(images, config, torch.Generator().manual_seed(0)) - images).flatten(1) / 0.25
+    noise = (random_start(images, torch.arange(4000), config, seed=0) - images).flatten(1) / 0.25
     if norm == "linf":
         # Of U(-1, 1): mean 0 and mean square 1/3, whatever the component.
         torch.testing.assert_close(noise.mean(0), torch.zeros(3), atol=0.05, rtol=0)
@@ -161,12 +163,23 @@ def test_random_start_is_uniform_in_the_ball(norm: str) -> None:
         torch.testing.assert_close(noise.mean(0), torch.zeros(3), atol=0.05, rtol=0)
 
 
-def test_random_start_comes_from_the_generator_and_stays_in_the_box() -> None:
-    images = torch.zeros(2, 3, 4, 4)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_start_belongs_to_seed_image_and_restart_and_stays_in_the_box(norm: str) -> None:
+    images = torch.zeros(3, 3, 5, 5)
     images[1] = 1
-    config = PGDConfig(eps=0.1)
-    first, again, other = (random_start(images, config, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    ids = torch.tensor([7, 2**40, 3])
+    config = PGDConfig(norm=norm, eps=0.1)
+    first = random_start(images, ids, config, seed=3, restart=1)
+    assert torch.equal(random_start(images[[2, 0]], ids[[2, 0]], config, seed=3, restart=1), first[[2, 0]])
+    last = images.contiguous(memory_format=torch.channels_last)
+    in_graph = random_start(last, ids, config, torch.tensor(3), torch.tensor(1))
+    assert torch.equal(in_graph, first)
+    assert in_graph.is_contiguous(memory_format=torch.channels_last)
+    for other in (
+        random_start(images, ids, config, seed=4, restart=1),
+        random_start(images, ids, config, seed=3),
+        random_start(images, ids + 1, config, seed=3, restart=1),
+    ):
+        assert all(not torch.equal(a, b) for a, b in zip(other, first, strict=True))
     assert first.min() >= 0 and first.max() <= 1
-    assert 0 < first[0].max() <= 0.1
+    assert 0 < first[0].max() <= 0.1 + 1e-6

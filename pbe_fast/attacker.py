@@ -1,0 +1,317 @@
+"""Step 1a at the hardware's speed: `pbe_fast.pgd.pgd_attack` as an object that lasts for a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import PGDConfig
+from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
+from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.replay import Replay
+from pbe_fast.errors import InputError
+from pbe_fast.kernels.pgd_step import pgd_step_
+from pbe_fast.models.normalized import Normalized
+from pbe_fast.pgd import input_gradient, random_start
+
+# Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next.
+_CPU_ROWS = 64
+
+
+@dataclass
+class _Batch:
+    """Tensors of fixed address that the attack works on, one row per image; ``model_input`` may be ``adversarial``."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    adversarial: Tensor
+    model_input: Tensor
+    fooled: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, shape: tuple[int, ...], device: torch.device, input_dtype: torch.dtype | None) -> _Batch:
+        def pictures(dtype: torch.dtype = torch.float32) -> Tensor:
+            zeros = torch.zeros((rows, *shape), dtype=dtype, device=device)
+            return zeros.contiguous(memory_format=torch.channels_last)
+
+        images, adversarial = pictures(), pictures()
+        labels, ids = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+        model_input = adversarial if input_dtype is None else pictures(input_dtype)
+        return cls(images, labels, ids, adversarial, model_input, labels.bool())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: slice | Tensor) -> _Batch:
+        """Some rows: for a slice the same memory, for indices a copy."""
+        adversarial = _pick(self.adversarial, index)
+        shared = self.model_input is self.adversarial
+        model_input = adversarial if shared else _pick(self.model_input, index)
+        images = _pick(self.images, index)
+        return _Batch(images, self.labels[index], self.ids[index], adversarial, model_input, self.fooled[index])
+
+
+class PGD:
+    """The attack as an object for a whole run: it works on a frozen copy of the model, see `FrozenCopy`.
+
+    On a GPU all K steps are one CUDA graph, captured once, and the last batch is padded; on a CPU the same loop runs as
+    it is. Where ``planned`` is enough work to pay for it, the copy is compiled (docs/engine.md).
+
+    Args:
+        model: Returns (B, K) logits for float images in [0, 1]. It is not changed, and may be in train mode: the copy
+            is in eval mode.
+        config: Norm, radius, steps, restarts and the like.
+        image_shape: (C, H, W).
+        batch_size: Images at a time, at most.
+        dtype: Of the matrix products; the images stay in float32.
+        seed: Of the random starts.
+        planned: Images that will be attacked in the whole run, where that is known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PGDConfig,
+        *,
+        image_shape: tuple[int, ...],
+        batch_size: int = 128,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        planned: int = 0,
+    ) -> None:
+        self.config = config
+        self.image_shape = tuple(image_shape)
+        self._seed = seed
+        self._planned = planned
+        self._calls = 0
+        net, self._mean, self._std = _apart(model)
+        self._copy = FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
+        self._forward: Forward = self._copy
+        device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
+        self._device = device
+        # A graph and compiled code have one batch size.
+        self._fixed = device.type == "cuda"
+        rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
+        self._batch = _Batch.empty(rows, self.image_shape, device, dtype if self._mean is not None else None)
+        self._key, self._restart = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._make_replays()
+        if config.compile == "on":
+            self._compile()
+
+    def refresh(self, model: nn.Module) -> None:
+        """Attacks the current weights and BN statistics of ``model`` from now on."""
+        self._copy.refresh(_apart(model)[0])
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, image_ids: Tensor | None = None, *, seed: int | None = None
+    ) -> Tensor:
+        """Adversarial copies of ``images``; see `pgd_attack`.
+
+        Args:
+            images: (B, C, H, W) float32 in [0, 1], of any number.
+            labels: (B,) int64.
+            image_ids: (B,) int64, the images' numbers in their set: random starts are drawn by them, not by the batch.
+            seed: Of the random starts of this call, from 0 to 2^63 - 1; that of the object if not given.
+
+        Returns:
+            (B, C, H, W) float32 in [0, 1], in the memory layout of ``images``.
+
+        Raises:
+            InputError: Images of another shape, or a random start without ids.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError("images to attack", got=tuple(images.shape), accepted=f"(B, {self.image_shape})")
+        if image_ids is None:
+            if self.config.random_start:
+                raise InputError("image_ids of a random start", got=None, accepted="(B,) int64")
+            image_ids = torch.zeros_like(labels)
+        if len(images) == 0:
+            return images.clone()
+        self._key.fill_(self._seed if seed is None else seed)
+        self._calls += 1
+        # The first call warms up.
+        measured = self._calls == 2 and self._planned > 0 and self.config.compile == "auto"
+        start = self._clock() if measured else 0.0
+        best = self._attack(images, labels, image_ids, 0)
+        if self.config.restarts > 1:
+            self._try_again(best, images, labels, image_ids)
+        if measured:
+            self._decide(len(images), self._clock() - start)
+        return best
+
+    def _try_again(self, best: Tensor, images: Tensor, labels: Tensor, ids: Tensor) -> None:
+        """The other restarts; ``best`` keeps of each image the one with the highest loss."""
+        loss, fooled = self._judge(best, labels)
+        for restart in range(1, self.config.restarts):
+            again: slice | Tensor = (~fooled).nonzero()[:, 0] if self.config.early_stop else slice(None)
+            if isinstance(again, Tensor) and len(again) == 0:
+                return
+            found = self._attack(images[again], labels[again], ids[again], restart)
+            new_loss, new_fooled = self._judge(found, labels[again])
+            better = new_loss > loss[again]
+            best[again] = torch.where(_per_image(better), found, best[again])
+            loss[again] = torch.where(better, new_loss, loss[again])
+            fooled[again] |= new_fooled
+
+    def _attack(self, images: Tensor, labels: Tensor, ids: Tensor, restart: int) -> Tensor:
+        self._restart.fill_(restart)
+        if self.config.early_stop:
+            return self._attack_in_slots(images, labels, ids)
+        out = torch.empty_like(images)
+        for part in self._parts(len(images)):
+            n = part.stop - part.start
+            here = self._batch.rows(slice(n))
+            for target, source in ((here.images, images), (here.labels, labels), (here.ids, ids)):
+                target.copy_(source[part], non_blocking=True)
+            if self._fixed:
+                # Rows beyond n hold what an earlier batch left there.
+                self._run_all()
+            else:
+                self._run(here)
+            out[part] = here.adversarial
+        return out
+
+    def _run(self, batch: _Batch) -> None:
+        """Eq. 5 and 6, K times."""
+        self._start(batch)
+        for _ in range(self.config.steps):
+            gradient, _ = input_gradient(self._forward, batch.model_input, batch.labels)
+            self._update(batch, gradient)
+
+    def _start(self, batch: _Batch) -> None:
+        if self.config.random_start:
+            start = random_start(batch.images, batch.ids, self.config, self._key, self._restart)
+            batch.adversarial.copy_(start)
+        else:
+            batch.adversarial.copy_(batch.images)
+        self._set_input(batch)
+
+    def _set_input(self, batch: _Batch) -> None:
+        if batch.model_input is not batch.adversarial:
+            batch.model_input.copy_(self._normalised(batch.adversarial))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if self._mean is None or self._std is None:
+            return images
+        return (images - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
+
+    def _update(self, batch: _Batch, gradient: Tensor) -> None:
+        apart = None if batch.model_input is batch.adversarial else batch.model_input
+        pgd_step_(
+            batch.adversarial,
+            gradient,
+            batch.images,
+            apart,
+            eps=self.config.eps,
+            alpha=self.config.step_size,
+            norm=self.config.norm,
+            mean=self._mean,
+            std=self._std,
+        )
+
+    def _attack_in_slots(self, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """An image leaves its slot when it is misclassified or after K steps, and the next one takes its place."""
+        n = len(images)
+        starts = (
+            random_start(images, ids, self.config, self._key, self._restart) if self.config.random_start else images
+        )
+        # One row more, for slots that have nothing left to do: with fixed sizes they go on computing.
+        out = torch.cat([starts, starts[:1]])
+        batch = self._batch if self._fixed else self._batch.rows(slice(min(n, len(self._batch))))
+        slots = torch.arange(len(batch), device=self._device)
+        done = torch.ones_like(slots, dtype=torch.bool)
+        ages, following = torch.zeros_like(slots), torch.full_like(slots[:1], len(batch))
+        for step in itertools.count(1):
+            picture, source = _per_image(done), slots.clamp(max=n - 1)
+            batch.images.copy_(torch.where(picture, images[source], batch.images))
+            batch.labels.copy_(torch.where(done, labels[source], batch.labels))
+            batch.adversarial.copy_(torch.where(picture, starts[source], batch.adversarial))
+            self._set_input(batch)
+            if self._fixed:
+                self._step_all()
+            else:
+                self._step(batch)
+            ages = torch.where(done, 1, ages + 1)
+            out.index_copy_(0, slots.clamp(max=n), batch.adversarial)
+            done = batch.fooled | (ages >= self.config.steps)
+            slots = torch.where(done, following + done.cumsum(0) - 1, slots)
+            following = following + done.sum()
+            # Asking how many are left stops a GPU, so it is asked once in K steps there.
+            if not self._fixed or step % self.config.steps == 0:
+                left = (slots < n).nonzero()[:, 0]
+                if len(left) == 0:
+                    break
+                if not self._fixed and len(left) < len(batch):
+                    batch, slots, done, ages = batch.rows(left), slots[left], done[left], ages[left]
+        return torch.empty_like(images).copy_(out[:n])
+
+    def _step(self, batch: _Batch) -> None:
+        """One step, except for images that are misclassified already."""
+        gradient, logits = input_gradient(self._forward, batch.model_input, batch.labels)
+        batch.fooled.copy_(logits.argmax(1) != batch.labels)
+        before = batch.adversarial.clone()
+        self._update(batch, gradient)
+        batch.adversarial.copy_(torch.where(_per_image(batch.fooled), before, batch.adversarial))
+
+    @torch.no_grad()
+    def _judge(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each image, and whether it is misclassified."""
+        logits = torch.cat([self._copy(self._normalised(images[part])).float() for part in self._parts(len(images))])
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) != labels
+
+    def _parts(self, n: int) -> Iterator[slice]:
+        rows = len(self._batch)
+        if not self._fixed:
+            # As many batches, of like sizes: two of 40 and 39 rather than of 64 and 15.
+            rows = math.ceil(n / math.ceil(n / rows))
+        yield from (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+    def _make_replays(self) -> None:
+        self._run_all = Replay(lambda: self._run(self._batch), self._device)
+        self._step_all = Replay(lambda: self._step(self._batch), self._device)
+
+    def _compile(self) -> None:
+        def try_out(forward: Forward) -> None:
+            input_gradient(forward, self._batch.model_input, self._batch.labels)
+
+        forward = compiled(self._copy, try_out)
+        if forward is not None:
+            self._forward, self._fixed = forward, True
+            self._make_replays()
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _decide(self, images: int, seconds: float) -> None:
+        """Compiles if what is left of the planned work, at this speed, pays for it."""
+        left = self._planned - 2 * images
+        if worth_compiling(left * seconds / images, self._device):
+            self._compile()
+
+
+def _apart(model: nn.Module) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+    """The network of a `Normalized`, its mean and its std, which the step itself takes; any other model as it is."""
+    if type(model) is not Normalized or model._forward_hooks or model._forward_pre_hooks:
+        return model, None, None
+    return model.net, model.mean.float().flatten(), model.std.float().flatten()
+
+
+def _pick(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    picked = tensor[index]
+    if isinstance(index, Tensor):
+        return picked.contiguous(memory_format=torch.channels_last)
+    return picked
+
+
+def _per_image(mask: Tensor) -> Tensor:
+    return mask.view(-1, 1, 1, 1)
