@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from pbe_fast.attraction import attack_shares, attracting_labels
 from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet, as_train_and_clean
+from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import check_model
@@ -34,6 +37,8 @@ def purify(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    device_memory_limit: int | None = None,
+    profile: bool = False,
     progress: bool = True,
 ) -> PurifyResult:
     """Erase the backdoor that ``model`` may carry.
@@ -51,6 +56,10 @@ def purify(
         seed: Fixes every random choice.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "fp32" or "bf16".
+        device_memory_limit: Bytes that the images of a set may take on the device. A larger set stays where it is, in
+            memory or in a memory-mapped file, and its batches are sent ahead of their use; the result is the same. By
+            default half of a GPU's free memory.
+        profile: Whether to measure where the time goes: ``result.profile``.
         progress: Whether steps longer than two seconds show a bar, on stderr.
 
     Returns:
@@ -65,57 +74,79 @@ def purify(
     data = clean if clean is not None else train
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
-    run = _Run(model, config, seed=seed, device=where, precision=precision, progress=progress)
+    run = _Run(
+        model, config, seed=seed, device=where, precision=precision, limit=device_memory_limit, progress=progress
+    )
+    if profile:
+        run.profile = Profile(run.infected, data.image_shape, device=where, dtype=run.dtype)
 
-    with seeded(seed, where):
+    with seeded(seed, where), kept_heap(), run.profile.running() if run.profile else nullcontext():
         if clean is not None:
-            return run.with_clean_set(clean.to(where), train.to(where) if train is not None else None)
+            return run.with_clean_set(run.placed(clean), run.placed(train) if train is not None else None)
         assert train is not None
-        return run.without_clean_set(train.to(where))
+        return run.without_clean_set(run.placed(train))
 
 
 class _Run:
     """One run of Algorithm 1; ``model`` is theta^t, ``infected`` stays theta'."""
 
     def __init__(
-        self, model: nn.Module, config: PurifyConfig, *, seed: int, device: torch.device, precision: str, progress: bool
+        self,
+        model: nn.Module,
+        config: PurifyConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        limit: int | None,
+        progress: bool,
     ) -> None:
         self.config = config
         self.seed = seed
         self.dtype = resolve_precision(device, precision)
         self.progress = progress
         self.device = device
+        self.limit = limit
         self.infected = frozen_copy(model, device)
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.original = model
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.profile: Profile | None = None
+        # One for all rounds, each of which restarts it: what it records for a GPU serves them all.
+        self.tuner = FineTuner(
+            self.model,
+            config.finetune,
+            total_steps=1,
+            generator=self.generator,
+            dtype=self.dtype,
+            show_progress=progress,
+        )
 
     def with_clean_set(self, clean: ImageSet, train: ImageSet | None) -> PurifyResult:
         """Steps 1 and 2, once; then, for the record, step 3."""
         entry = self._purify_model(clean, round_index=0, teacher=self.infected)
         ranking = None
         if train is not None:
-            ranking, _ = self._rank(train, self._logits(self.infected, train, "infected logits"))
+            ranking, _ = self._rank(train, self._infected_logits(train))
             entry.update(_truth(ranking, None, train))
         self.history.append(entry)
         return self._result(ranking, train)
 
     def without_clean_set(self, train: ImageSet) -> PurifyResult:
         """Algorithm 1, line by line."""
-        infected_logits = self._logits(self.infected, train, "infected logits")
+        infected_logits = self._infected_logits(train)
         # Initialisation: D_ext^0
         attracting = self._attracting_labels(train)
         chosen = initial_extra_set(infected_logits, train.labels, attracting, self.config, self.generator)
         ranking: Ranking | None = None
         for t in range(len(self.config.fractions)):
-            extra = train.select(chosen, name=f"extra set {t}")
             # Steps 1 and 2: theta^t becomes theta^(t+1)
             # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may
             # teach what it knows of the labels left out.
             teacher = self.infected if t == 0 and attracting.any() else None
-            entry = self._purify_model(extra, round_index=t, teacher=teacher)
+            entry = self._purify_model(train, chosen, round_index=t, teacher=teacher)
             entry["attracting_labels"] = attracting.nonzero()[:, 0].tolist()
             # Step 3: the next extra set
             ranking, agrees = self._rank(train, infected_logits)
@@ -134,34 +165,38 @@ class _Run:
                 attack_shares(self.infected, train, self.config.pgd, generator=self.generator, dtype=self.dtype)
             )
 
-    def _purify_model(self, extra: ImageSet, *, round_index: int, teacher: nn.Module | None = None) -> dict[str, Any]:
-        """Steps 1 and 2; with a ``teacher`` only on trusted images: what it says of a poisoned one is the backdoor."""
+    def _purify_model(
+        self, data: ImageSet, chosen: Tensor | None = None, *, round_index: int, teacher: nn.Module | None = None
+    ) -> dict[str, Any]:
+        """Steps 1 and 2 on the extra set: the images of ``data`` that are ``chosen``, or all.
+
+        With a ``teacher`` only on trusted images: what it says of a poisoned one is the backdoor.
+        """
         config = self.config
-        clean_steps = max(
-            config.clean_steps, config.clean_epochs * steps_per_epoch(len(extra), config.finetune.batch_size)
-        )
-        tuner = FineTuner(
-            self.model,
-            config.finetune,
-            total_steps=config.adversarial_steps + clean_steps,
-            generator=self.generator,
-            dtype=self.dtype,
-            teacher=teacher,
-            show_progress=self.progress,
-        )
+        size = len(data) if chosen is None else len(chosen)
+        clean_steps = max(config.clean_steps, config.clean_epochs * steps_per_epoch(size, config.finetune.batch_size))
+        self.tuner.restart(total_steps=config.adversarial_steps + clean_steps, teacher=teacher)
+        streamed = self._streamed(data)
         start = time.perf_counter()
         # Steps 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)
         with self._phase("adversarial"):
-            adversarial_loss = tuner.run(
-                extra, steps=config.adversarial_steps, attack=config.pgd, desc=f"round {round_index}: adversarial"
+            adversarial_loss = self.tuner.run(
+                data,
+                among=chosen,
+                steps=config.adversarial_steps,
+                attack=config.pgd,
+                streamed=streamed,
+                desc=f"round {round_index}: adversarial",
             )
         # Step 2: the extra set as it is
         with self._phase("clean"):
-            clean_loss = tuner.run(extra, steps=clean_steps, desc=f"round {round_index}: clean")
+            clean_loss = self.tuner.run(
+                data, among=chosen, steps=clean_steps, streamed=streamed, desc=f"round {round_index}: clean"
+            )
         self.model.eval()
         return {
             "round": round_index,
-            "extra_set_size": len(extra),
+            "extra_set_size": size,
             "adversarial_loss": adversarial_loss,
             "clean_loss": clean_loss,
             "seconds": time.perf_counter() - start,
@@ -173,13 +208,33 @@ class _Run:
             purified_logits = self._logits(self.model, train, "ranking")
             return rank_images(infected_logits, purified_logits), purified_logits.argmax(1) == train.labels
 
+    def _infected_logits(self, train: ImageSet) -> Tensor:
+        """Once per run: theta' never changes."""
+        with self._phase("infected logits"):
+            return self._logits(self.infected, train, "infected logits")
+
     def _logits(self, model: nn.Module, data: ImageSet, desc: str) -> Tensor:
-        return predict_logits(model, data.images, dtype=self.dtype, desc=desc, show_progress=self.progress)
+        return predict_logits(
+            model,
+            data.images,
+            dtype=self.dtype,
+            streamed=self._streamed(data),
+            desc=desc,
+            show_progress=self.progress,
+        )
+
+    def placed(self, data: ImageSet) -> ImageSet:
+        """The set on the device, or where it is if it is too large."""
+        return data.to(self.device) if fits(data.images, self.device, self.limit) else data.to("cpu")
+
+    def _streamed(self, data: ImageSet) -> bool:
+        return data.device.type == "cpu" and not fits(data.images, self.device, self.limit)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self.profile.phase(name) if self.profile else nullcontext():
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _result(self, ranking: Ranking | None, train: ImageSet | None) -> PurifyResult:
@@ -192,6 +247,7 @@ class _Run:
             seconds=self.seconds,
             precision=str(self.dtype).removeprefix("torch."),
             train_data=train,
+            profile=self.profile,
         )
 
 

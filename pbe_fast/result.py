@@ -23,14 +23,16 @@ from pbe_fast.data import ImageSet
 from pbe_fast.engine.files import atomic_write, prepare_output, write_text
 from pbe_fast.engine.forward import eval_mode
 from pbe_fast.engine.machine import describe
+from pbe_fast.engine.profile import Profile
 from pbe_fast.errors import InputError
 from pbe_fast.models import ModelSpec, save_model, spec_of
 from pbe_fast.ranking import Ranking
 
 RANKING_NAME = "ranking.csv"
+TRACE_NAME = "trace.json"
 REPORT_NAME = "report.json"
 # Made from a model that a new run replaces: kept beside the new one they would pass for its own.
-DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", "trigger_*.png")
+DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", TRACE_NAME, "trigger_*.png")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,6 +51,7 @@ class PurifyResult:
         precision: Of the matrix products.
         train_data: The ranked set.
         method: "pbe", or the baseline of `pbe_fast.defenses.DEFENSES` that made it.
+        profile: Where the time went, if that was asked for.
         pictures: Evidence to look at, such as recovered triggers: (C, H, W) uint8 on the CPU by name.
     """
 
@@ -61,6 +64,7 @@ class PurifyResult:
     precision: str
     train_data: ImageSet | None = field(default=None, repr=False)
     method: str = "pbe"
+    profile: Profile | None = field(default=None, repr=False)
     pictures: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def suspected(self) -> Tensor:
@@ -84,6 +88,8 @@ class PurifyResult:
             "precision": self.precision,
             **describe(),
         }
+        if self.profile is not None:
+            report["profile"] = self.profile.report()
         if self.train_data is not None:
             report["sha256"] = {"inputs": {"train": self.train_data.sha256()}}
             if self.ranking is not None:
@@ -115,6 +121,9 @@ class PurifyResult:
             write_ranking(out / RANKING_NAME, self.ranking, self.train_data)
             names.append(RANKING_NAME)
         names += [write_picture(out / f"{name}.png", picture).name for name, picture in self.pictures.items()]
+        if self.profile is not None:
+            # Of the first steps of every phase, for chrome://tracing or Perfetto.
+            names.append(self.profile.write_trace(out / TRACE_NAME).name)
         # What was asked for at the top, the circumstances below.
         write_report(out, {**more, **merged(self.report(), more)}, outputs=names)
         return out

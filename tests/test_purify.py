@@ -4,9 +4,12 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from pbe_fast.attack import InfectedModel, train_infected
 from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.streaming import stream
 from pbe_fast.errors import InputError
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
@@ -229,6 +233,101 @@ def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int,
     result = run(infected.model, infected.train_data, clean_steps=steps, clean_epochs=epochs)
     made = int(result.model.get_buffer("1.num_batches_tracked")) - before
     assert made == 3 * 4 + sum(per_round)
+
+
+def test_the_infected_model_sees_the_training_set_once_per_run(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[bool, int]] = []
+
+    def watched(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
+        shown.append((next(model.parameters()).requires_grad, len(images)))
+        return predict_logits(model, images, **options)
+
+    monkeypatch.setattr(sys.modules["pbe_fast.purify"], "predict_logits", watched)
+    run(infected.model, infected.train_data)
+    # The infected model is the one that never trains.
+    assert shown == [(False, 160), (True, 160), (True, 160), (True, 160)]
+
+
+# Larger than the device
+
+
+@pytest.mark.parametrize("with_clean_set", [False, True])
+def test_data_larger_than_the_device_give_the_same_result(
+    infected: InfectedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_clean_set: bool
+) -> None:
+    sent: list[int] = []
+
+    def watched(images: Tensor, batches: Iterable[Tensor | slice], device: torch.device) -> Iterator[Tensor]:
+        for batch in stream(images, batches, device):
+            sent.append(len(batch))
+            yield batch
+
+    for module in ("pbe_fast.data.feeding", "pbe_fast.engine.forward"):
+        monkeypatch.setattr(sys.modules[module], "stream", watched)
+    np.save(tmp_path / "images.npy", infected.train_data.images.numpy())
+    on_disk = (np.load(tmp_path / "images.npy", mmap_mode="r"), infected.train_data.labels.numpy())
+    clean = quarters(40, seed=1) if with_clean_set else None
+    finetune = dataclasses.replace(PLAIN, augment="crop+flip")
+    config = dataclasses.replace(QUICK, finetune=finetune, initial="hard")
+    results = []
+    for data, limit in ((infected.train_data, None), (infected.train_data, 500), (on_disk, 500)):
+        sent.clear()
+        results.append(
+            purify(
+                infected.model,
+                data,
+                clean_data=clean,
+                config=config,
+                device_memory_limit=limit,
+                device="cpu",
+                precision="fp32",
+                progress=False,
+            )
+        )
+        # Batches of fine-tuning hold at most 32 images of 160.
+        assert sum(sent) > 160 if limit else not sent
+    resident, *others = results
+    assert resident.ranking is not None
+    for other in others:
+        assert torch.equal(logits(other.model), logits(resident.model))
+        assert other.ranking is not None
+        assert torch.equal(other.ranking.distance, resident.ranking.distance)
+
+
+# Where the time goes
+
+
+def test_a_profile_tells_the_work_of_every_phase_and_lands_in_the_report(
+    infected: InfectedModel, tmp_path: Path
+) -> None:
+    result = purify(
+        infected.model,
+        infected.train_data,
+        config=QUICK,
+        profile=True,
+        device="cpu",
+        precision="fp32",
+        progress=False,
+    )
+    out = result.save(tmp_path / "out")
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["phase"]: row for row in report["profile"]["phases"]}
+    done = {name: round(row["images_per_second"] * row["seconds"]) for name, row in rows.items()}
+    passes = {name: round(row["forwards_per_second"] * row["seconds"]) for name, row in rows.items()}
+    # Extra sets of 16, 40 and 80 images in 1, 2 and 3 batches: four adversarial updates a round, three clean ones.
+    adversarial = 4 * 16 + 2 * 40 + (80 + 27)
+    assert done["infected logits"] == 160
+    assert done["ranking"] == 3 * 160
+    assert done["adversarial"] == pytest.approx(adversarial, abs=1)
+    # Two steps of PGD at two passes, an update at three on each of two images.
+    assert passes["adversarial"] == (2 * 2 + 3 * 2) * done["adversarial"]
+    assert passes["clean"] == 3 * done["clean"]
+    trace = json.loads((out / "trace.json").read_text())
+    assert {e["name"] for e in trace["traceEvents"] if e.get("cat") == "phase"} == set(rows)
+    assert "trace.json" in report["sha256"]["outputs"]
+    assert run(infected.model, infected.train_data).profile is None
 
 
 # With a clean set

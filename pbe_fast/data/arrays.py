@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data.memory_map import writable_map
 from pbe_fast.data.reader import ReadOptions, as_labels, resolve_class_names
 from pbe_fast.errors import InputError
 
@@ -29,7 +30,7 @@ def read(source: Any, options: ReadOptions) -> ImageSet:
 
     Args:
         source: images (N, C, H, W), float in [0, 1] or uint8, C of 1 or 3; labels (N,) of any integer dtype.
-            Floats are rounded to the nearest of 256 levels. uint8 tensors are taken as they are, not copied.
+            Floats are rounded to the nearest of 256 levels. uint8 tensors and memory maps are taken as they are.
         options: See `ReadOptions`.
 
     Returns:
@@ -85,6 +86,7 @@ def _as_tensor(images: Tensor | NDArray[Any], what: str) -> Tensor:
     if isinstance(images, Tensor):
         return images.detach()
     try:
+        images = writable_map(images)
         # torch warns about arrays that it must not write to, and has no negative strides.
         usable = images.flags.writeable and all(s >= 0 for s in images.strides)
         return torch.from_numpy(images if usable else images.copy())

@@ -14,6 +14,7 @@ from torch import Tensor
 from pbe_fast.errors import InputError
 
 MAX_INFERRED_CLASSES = 1_000_000
+_DIGEST_IMAGES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,9 @@ class ImageSet:
     def sha256(self) -> str:
         """Digest of the images, their shape and their labels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.cpu().contiguous().numpy().tobytes())
+        # Part by part: a memory-mapped set may not fit in memory.
+        for part in self.images.split(_DIGEST_IMAGES):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
         digest.update(self.labels.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pbe_fast.data import arrays
+from pbe_fast.data import arrays, memory_map
 from pbe_fast.data.image_set import ImageSet
 from pbe_fast.data.reader import ReadOptions, as_labels, as_path, resolve_class_names
 from pbe_fast.engine.files import atomic_write
@@ -30,6 +30,8 @@ def accepts(source: Any) -> bool:
 
 def read(source: Any, options: ReadOptions) -> ImageSet:
     """The image set of an ``.npz`` file, written by `save_npz` or by hand.
+
+    The images of an uncompressed file of 1 GiB or more stay in it and are read as they are used.
 
     Args:
         source: The path of the file.
@@ -91,7 +93,10 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an archive of named ones")
         with loaded:
-            return {key: loaded[key] for key in loaded.files}
+            large = path.stat().st_size >= memory_map.MAP_FROM_BYTES and "images" in loaded.files
+            images = memory_map.map_member(path, "images") if large else None
+            mapped = {} if images is None else {"images": images}
+            return {key: loaded[key] for key in loaded.files if key not in mapped} | mapped
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"an .npz file that cannot be read: {path}", got=str(error), accepted=LAYOUT) from error
 

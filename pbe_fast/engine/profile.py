@@ -54,7 +54,6 @@ class Profile:
         image_shape: (C, H, W).
         device: Where the run works.
         dtype: Of its matrix products.
-        trace: Whether to trace the first steps of every phase, for `write_trace`.
     """
 
     def __init__(
@@ -64,12 +63,10 @@ class Profile:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        trace: bool = False,
     ) -> None:
         self.flops_per_forward = count_flops(model, image_shape, device)
         self.peak: Peak = measure_peak(device, dtype)
         self._device = device
-        self._trace = trace
         self._phases: dict[str, _Phase] = {}
         self._open: _Phase | None = None
         self._spans: list[tuple[str, int, int]] = []
@@ -93,7 +90,7 @@ class Profile:
         """One stretch of phase ``name``, up to the device's last operation in it."""
         first = name not in self._phases
         self._open = self._phases.setdefault(name, _Phase())
-        if first and self._trace:
+        if first:
             self._start_tracing()
         self._synchronize()
         begin_ns, start, self._paused = time.time_ns(), time.perf_counter(), 0.0
@@ -137,6 +134,15 @@ class Profile:
             "peak_flops_per_second": self.peak.flops_per_second,
             "peak_copy_bytes_per_second": self.peak.copy_bytes_per_second,
         }
+
+    def table(self) -> str:
+        """The rows as lines of text."""
+        peak = f"of {self.peak.flops_per_second / 1e12:.3g} TFLOP/s"
+        lines = [f"{'phase':<20}{'seconds':>10}{'images/s':>12}{'passes/s':>12}{peak:>20}"]
+        for row in self.rows():
+            figures = f"{row['images_per_second']:>12,.0f}{row['forwards_per_second']:>12,.0f}"
+            lines.append(f"{row['phase']:<20}{row['seconds']:>10.2f}{figures}{row['share_of_peak']:>20.1%}")
+        return "\n".join(lines)
 
     def write_trace(self, path: Path) -> Path:
         """The traced steps and the phases around them, for chrome://tracing or Perfetto."""
@@ -190,13 +196,3 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int], device: tor
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy(images)
     return int(counter.get_total_flops())
-
-
-def table(report: dict[str, Any]) -> str:
-    """What `Profile.report` returned, as lines of text."""
-    peak = f"{report['peak_flops_per_second'] / 1e12:.3g} TFLOP/s"
-    lines = [f"{'phase':<20}{'seconds':>10}{'images/s':>12}{'passes/s':>12}{'of ' + peak:>20}"]
-    for row in report["phases"]:
-        figures = f"{row['images_per_second']:>12,.0f}{row['forwards_per_second']:>12,.0f}"
-        lines.append(f"{row['phase']:<20}{row['seconds']:>10.2f}{figures}{row['share_of_peak']:>19.1%} ")
-    return "\n".join(line.rstrip() for line in lines)
