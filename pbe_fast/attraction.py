@@ -89,6 +89,8 @@ def attack_shares(
         sum to 1, or zeros where no image was misclassified. Logits that stand for no class of the data are left out.
     """
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * _SAMPLE].to(data.device))
+    # Not before: the whole set may be too large for the model's device.
+    sample = sample.to(next(model.parameters()).device)
     right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
     if not right.any():
         return torch.zeros(2, data.num_classes, dtype=torch.float64)

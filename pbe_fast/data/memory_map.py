@@ -48,7 +48,8 @@ def map_member(path: Path, name: str) -> NDArray[Any] | None:
 
 def writable_map(array: NDArray[Any]) -> NDArray[Any]:
     """A read-only map of a whole file's array as a private one, which torch takes as it is; anything else unchanged."""
-    if not isinstance(array, np.memmap) or array.flags.writeable or not isinstance(array.base, mmap.mmap):
+    base: object = array.base
+    if not isinstance(array, np.memmap) or array.flags.writeable or not isinstance(base, mmap.mmap):
         return array
     if not array.flags.c_contiguous:
         return array
