@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -24,17 +25,22 @@ class Pool {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     const bool enough = start_workers(parts - 1);
     if (enough) {
+      bool asleep;
       {
         std::lock_guard<std::mutex> lock(mutex_);
         task_ = &task;
         parts_ = parts;
-        pending_ = parts - 1;
-        ++call_;
+        pending_.store(parts - 1, std::memory_order_relaxed);
+        call_.fetch_add(1, std::memory_order_release);
+        asleep = sleeping_ > 0;
       }
-      wake_.notify_all();
+      if (asleep) wake_.notify_all();
       task(0);
-      std::unique_lock<std::mutex> lock(mutex_);
-      done_.wait(lock, [this] { return pending_ == 0; });
+      const auto is_done = [this] { return pending_.load(std::memory_order_acquire) == 0; };
+      if (!spin_until(is_done)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, is_done);
+      }
     }
     busy_.store(false, std::memory_order_release);
     return enough;
@@ -60,7 +66,7 @@ class Pool {
     try {
       for (; workers_ < count; ++workers_) {
         // No call is running, so call_ stands still: the worker starts from it and takes the next one.
-        std::thread([this, part = workers_ + 1, seen = call_] { work(part, seen); }).detach();
+        std::thread([this, part = workers_ + 1, seen = call_.load()] { work(part, seen); }).detach();
       }
     } catch (const std::system_error&) {
       return false;
@@ -69,17 +75,42 @@ class Pool {
   }
 
   void work(int part, std::uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto is_called = [&] { return call_.load(std::memory_order_acquire) != seen; };
     for (;;) {
-      wake_.wait(lock, [&] { return call_ != seen; });
-      seen = call_;
+      spin_until(is_called);
+      std::unique_lock<std::mutex> lock(mutex_);
+      ++sleeping_;
+      wake_.wait(lock, is_called);
+      --sleeping_;
+      seen = call_.load(std::memory_order_relaxed);
       if (part >= parts_) continue;
       const std::function<void(int)>* task = task_;
       lock.unlock();
       (*task)(part);
       lock.lock();
-      if (--pending_ == 0) done_.notify_one();
+      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_one();
     }
+  }
+
+  // To sleep and be woken takes tens of microseconds, as long as a small batch: a moment of waiting awake comes first.
+  template <class Condition>
+  static bool spin_until(const Condition& condition) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (condition()) return true;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+  }
+
+  static void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
   }
 
   std::atomic<bool> busy_{false};
@@ -88,8 +119,9 @@ class Pool {
   const std::function<void(int)>* task_ = nullptr;
   int workers_ = 0;
   int parts_ = 0;
-  int pending_ = 0;
-  std::uint64_t call_ = 0;
+  int sleeping_ = 0;
+  std::atomic<int> pending_{0};
+  std::atomic<std::uint64_t> call_{0};
 };
 
 // body(begin, end) over [0, n), cut into at most `threads` ranges of at least `grain` elements. The ranges depend on
