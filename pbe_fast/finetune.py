@@ -16,6 +16,7 @@ from pbe_fast.config import FineTuneConfig, PGDConfig
 from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine import profile
+from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
@@ -47,7 +48,8 @@ class FineTuner:
         total_steps: Updates that the schedule spans.
         generator: On the CPU: order of the images, augmentation, random starts.
         dtype: Of the matrix products.
-        teacher: The model whose logits on clean images the distillation term keeps, where its weight is not 0.
+        teacher: The model whose logits on clean images the distillation term keeps, where its weight is not 0; in eval
+            mode. It is copied.
         show_progress: Whether epochs longer than two seconds show a bar.
     """
 
@@ -132,6 +134,8 @@ class FineTuner:
         if steps == 0:
             return math.nan
         streamed = streamed or data.device != self._device
+        if self._teacher is not None and not isinstance(self._teacher, FrozenCopy):
+            self._teacher = FrozenCopy(self._teacher, dtype=self._dtype, image_shape=data.image_shape)
         batches = draw_batches(
             data,
             steps=steps,
@@ -259,7 +263,7 @@ class FineTuner:
         """The term weight * T^2 * KL(teacher || model) at temperature T (Hinton et al., 2015)."""
         if self._teacher is None:
             return 0.0
-        with torch.no_grad(), autocast(images.device, self._dtype):
+        with torch.no_grad():
             taught = self._teacher(images).float()
         t = self._config.distill_temperature
         divergence = F.kl_div(

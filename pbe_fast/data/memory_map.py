@@ -53,4 +53,5 @@ def writable_map(array: NDArray[Any]) -> NDArray[Any]:
         return array
     if not array.flags.c_contiguous:
         return array
-    return np.memmap(array.filename, dtype=array.dtype, mode="c", offset=array.offset, shape=array.shape)
+    path: Any = array.filename
+    return np.memmap(path, dtype=array.dtype, mode="c", offset=array.offset, shape=array.shape)
