@@ -95,20 +95,17 @@ def config_options(
     Args:
         config: The defaults.
         section: Heading of the fields that are not in a nested config.
-        others: Other defaults by the name of their recipe, to be shown where they differ.
+        others: Other defaults by the name of their recipe or method, to be shown where they differ.
         skip: Fields without a flag.
         aliases: Shorter flags by field.
     """
-    by_recipe = {
-        recipe: {f.name: f.default for f in config_fields(other, section)} for recipe, other in (others or {}).items()
+    elsewhere = {
+        name: {f.name: f.default for f in config_fields(other, section)} for name, other in (others or {}).items()
     }
 
     def decorate(function: F) -> F:
         for field in reversed(list(config_fields(config, section, skip))):
-            shown = "; ".join(
-                [f"default: {_spell(field.default)}"]
-                + [f"{r}: {_spell(v[field.name])}" for r, v in by_recipe.items() if v[field.name] != field.default]
-            )
+            shown = _spell_defaults(field, elsewhere)
             flag = field.name.replace("_", "-")
             names = [alias] if (alias := (aliases or {}).get(field.name)) else []
             names += [f"--{flag}/--no-{flag}" if field.kind is bool else f"--{flag}", field.name]
@@ -136,6 +133,15 @@ def _click_type(field: ConfigField) -> Any:
     if typing.get_origin(kind) is tuple:
         return numbers
     return {bool: click.BOOL, int: click.INT, float: number, str: click.STRING}[kind]
+
+
+def _spell_defaults(field: ConfigField, elsewhere: Mapping[str, Mapping[str, Any]]) -> str:
+    """As in "default: 1; nad, nc: 2": names whose default is the same stand together."""
+    names: dict[str, list[str]] = {}
+    for name, values in elsewhere.items():
+        if field.name in values and values[field.name] != field.default:
+            names.setdefault(_spell(values[field.name]), []).append(name)
+    return "; ".join([f"default: {_spell(field.default)}", *(f"{', '.join(n)}: {v}" for v, n in names.items())])
 
 
 def _spell(value: Any) -> str:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pbe_fast.baselines import METHOD_NAMES
+from pbe_fast.cli.methods import method_config, method_options
 from pbe_fast.cli.options import (
     DATA_HELP,
     INPUT,
     OUTPUT,
-    config_options,
     console_options,
     device_options,
     force_option,
@@ -19,10 +20,9 @@ from pbe_fast.cli.options import (
     option,
     path_option,
     seed_option,
-    with_values,
 )
 from pbe_fast.cli.shell import Command, Console, open_output
-from pbe_fast.cli.texts import ranking_text
+from pbe_fast.cli.texts import findings_text, ranking_text
 from pbe_fast.config import PurifyConfig
 from pbe_fast.errors import InputError
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
+pbe-fast purify --model infected/ --clean infected/clean.npz --method nad --out nad/
 pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out purified/
 """
-RECIPES = {"pbe": PurifyConfig(), "paper": PurifyConfig.paper()}
 
 
 @click.command(cls=Command, short_help="erase the backdoor, rank the training images", example=_EXAMPLE)
@@ -58,15 +58,7 @@ RECIPES = {"pbe": PurifyConfig(), "paper": PurifyConfig.paper()}
 )
 @image_size_option
 @model_options
-@option(
-    "--recipe",
-    section="Purification",
-    type=click.Choice(tuple(RECIPES)),
-    default="pbe",
-    show_default=True,
-    help="where the options below start from: pbe, or the paper to the letter; each can be overruled",
-)
-@config_options(PurifyConfig(), "Purification", others={"paper": RECIPES["paper"]})
+@method_options
 @path_option("--out", section=OUTPUT, required=True, help="folder for the purified model, ranking.csv and report.json")
 @force_option
 @seed_option
@@ -86,6 +78,7 @@ def purify(
     width: int | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    method: str,
     recipe: str,
     out: Path,
     force: bool,
@@ -97,9 +90,12 @@ def purify(
     """Erase the backdoor that a model may carry, and rank its training images.
 
     Without --clean, all rounds of Algorithm 1 on the training images. Writes model.safetensors, config.json,
-    ranking.csv (index, label, score, suspected), report.json and report.html.
+    ranking.csv (index, label, score, suspected), report.json and report.html; Neural Cleanse also the triggers that it
+    recovers, as trigger_LABEL.png.
     """
-    config = with_values(RECIPES[recipe], flags)
+    config = method_config(method, recipe, flags)
+    if method != "pbe" and clean is None:
+        raise click.UsageError(f"--method {method} needs --clean: trusted images")
     if clean_count is not None and clean is None:
         raise click.UsageError("--clean-count needs --clean, to draw from")
     if out.resolve() == model.resolve():
@@ -110,7 +106,7 @@ def purify(
     from pbe_fast import runs
     from pbe_fast.engine.precision import resolve_device
     from pbe_fast.models import check_model
-    from pbe_fast.report.tables import metrics_table
+    from pbe_fast.report.tables import metrics_table, named_models
 
     clock = runs.Clock()
     resolve_device(device)
@@ -130,17 +126,20 @@ def purify(
     sets = {name: source.data for name, source in sources.items() if source is not None}
     for data in sets.values():
         check_model(infected, data.image_shape, data.num_classes)
-    console.note(_plan(sets, config))
-    result = pbe_fast.purify(
-        infected,
-        sets.get("train"),
-        clean_data=sets.get("clean"),
-        config=config,
-        seed=seed,
-        device=device,
-        precision=precision,
-        progress=console.progress,
-    )
+    console.note(_plan(sets, config, METHOD_NAMES[method]))
+    run: dict[str, Any] = {
+        "config": config,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "progress": console.progress,
+    }
+    if method == "pbe":
+        result = pbe_fast.purify(infected, sets.get("train"), clean_data=sets.get("clean"), **run)
+    else:
+        from pbe_fast.defenses import DEFENSES
+
+        result = DEFENSES[method](infected, sets["clean"], train_data=sets.get("train"), **run)
     with clock.phase("evaluation"):
         metrics = {
             name: runs.measure(
@@ -154,21 +153,24 @@ def purify(
         force=force,
         **metrics,
         onnx=None,
-        recipe=recipe,
+        **({"recipe": recipe} if method == "pbe" else {}),
         seconds=clock.seconds(),
         sha256={"inputs": runs.describe_inputs({"model": model}, sources)},
     )
     report = runs.illustrate(out, result, sets.get("test"), sets.get("triggered"))
     console.note(f"wrote {out}: {', '.join([*report['sha256']['outputs'], 'report.json', 'report.html'])}")
-    lines = [metrics_table(metrics)] if "test" in sets else []
+    lines = [metrics_table(named_models(metrics, method))] if "test" in sets else []
+    lines += findings_text(result.history)
     lines.append(ranking_text(report["ranking"]) if "ranking" in report else "no training images were given to rank")
     console.result("\n".join(lines), report)
 
 
-def _plan(sets: Mapping[str, ImageSet], config: PurifyConfig) -> str:
+def _plan(sets: Mapping[str, ImageSet], config: object, method: str) -> str:
     train, clean = sets.get("train"), sets.get("clean")
+    ranked = f", then ranking {len(train):,} training images" if train is not None else ""
+    if not isinstance(config, PurifyConfig):
+        return f"{method} with {len(sets['clean']):,} clean images of {sets['clean'].name}{ranked}"
     if clean is None:
         assert train is not None
         return f"no clean set: {len(config.fractions)} rounds over {len(train):,} training images of {train.name}"
-    ranked = f", then ranking {len(train):,} training images" if train is not None else ""
     return f"one round on {len(clean):,} clean images of {clean.name}{ranked}"

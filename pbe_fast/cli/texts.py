@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -15,6 +15,11 @@ def ranking_text(summary: Mapping[str, Any]) -> str:
         f"{text}, {_percent(summary['precision'])} of them poisoned; {_percent(summary['recall'])} of the "
         f"{summary['poisoned']:,} poisoned images are among them (AP {summary['ap_of_poisoned']:.2f})"
     )
+
+
+def findings_text(history: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the steps of a defence found, where they say so."""
+    return [f"{entry['step']}: {entry['finding']}" for entry in history if "finding" in entry]
 
 
 def onnx_text(onnx: Mapping[str, Any]) -> str:

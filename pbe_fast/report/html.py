@@ -14,7 +14,7 @@ from typing import Any
 from pbe_fast.engine.files import write_text
 from pbe_fast.errors import InputError
 from pbe_fast.report.style import CSS
-from pbe_fast.report.tables import COLUMNS, MISSING, model_name, percent
+from pbe_fast.report.tables import COLUMNS, MISSING, model_name, named_models, percent
 
 # Keys of a report that have a section of their own; whatever else it holds is printed under "Run".
 MODELS = ("infected", "fine_tuned", "purified", "purified_no_clean")
@@ -26,7 +26,12 @@ ERASED_ASR = 0.05
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write_html(path: str | os.PathLike[str], report: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
+def write_html(
+    path: str | os.PathLike[str],
+    report: Mapping[str, Any],
+    figures: Sequence[Path] = (),
+    thumbnails: Sequence[Path] = (),
+) -> None:
     """Write a run's page.
 
     Args:
@@ -35,6 +40,7 @@ def write_html(path: str | os.PathLike[str], report: Mapping[str, Any], figures:
             ``seconds``, ``config``, ``seed``, ``versions``, ``machine``, ``sha256``. All but ``infected`` or
             ``purified`` may be missing; unknown keys are shown as they are.
         figures: PNG files to put into the page.
+        thumbnails: Small ones, such as recovered triggers, to stand side by side under their names.
 
     Raises:
         InputError: A report without a model in it, or a figure that is not a PNG file.
@@ -43,13 +49,17 @@ def write_html(path: str | os.PathLike[str], report: Mapping[str, Any], figures:
     models = {key: report[key] for key in MODELS if isinstance(report.get(key), Mapping)}
     if not models:
         raise InputError("report", got=f"the keys {sorted(report)}", accepted=f"at least one of {', '.join(MODELS)}")
+    method = str(report.get("method", "pbe"))
     sections = [
         _cards(models, report),
         "".join(_picture(Path(figure)) for figure in figures),
-        _section("Models, %", _models_table(models)),
+        _section("Models, %", _models_table(named_models(models, method))),
     ]
+    if thumbnails:
+        row = "".join(_picture(Path(picture), named=True) for picture in thumbnails)
+        sections.append(_section("Recovered triggers", f'<div class="thumbnails">{row}</div>'))
     if report.get("rounds"):
-        sections.append(_section("Rounds", _rounds_table(report["rounds"])))
+        sections.append(_section("Rounds" if method == "pbe" else "Steps", _rounds_table(report["rounds"])))
     pairs = [_section(title, _definitions(report[key])) for key, title in SECTIONS.items() if report.get(key)]
     shown = {*MODELS, *SECTIONS, "rounds"}
     rest = {key: value for key, value in report.items() if key not in shown}
@@ -88,7 +98,7 @@ def _cards(models: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any]) -
     if isinstance(onnx, Mapping):
         ok = onnx.get("ok", onnx.get("argmax_agreement") == 1.0)
         cards.append(("ONNX file against the model", "same" if ok else "differs", _mood(ok)))
-    if isinstance(report.get("rounds"), Sequence) and report["rounds"]:
+    if isinstance(report.get("rounds"), Sequence) and report["rounds"] and report.get("method", "pbe") == "pbe":
         cards.append(("rounds", str(len(report["rounds"])), ""))
     items = "".join(
         f'<div class="card {mood}"><div class="value">{escape(value)}</div>'
@@ -102,7 +112,7 @@ def _mood(good: bool) -> str:
     return "good" if good else "bad"
 
 
-def _picture(path: Path) -> str:
+def _picture(path: Path, *, named: bool = False) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -110,7 +120,9 @@ def _picture(path: Path) -> str:
     if not data.startswith(PNG_SIGNATURE):
         raise InputError("figure", got=f"{path}, which is no PNG", accepted="a PNG file")
     source = base64.b64encode(data).decode()
-    return f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{source}"></figure>'
+    name = escape(path.stem.replace("_", " "))
+    caption = f"<figcaption>{name}</figcaption>" if named else ""
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{source}">{caption}</figure>'
 
 
 def _models_table(models: Mapping[str, Mapping[str, Any]]) -> str:

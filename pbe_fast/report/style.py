@@ -19,6 +19,9 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .card.bad .value { color: var(--bad); }
 figure { margin: 0 0 1rem; }
 img { display: block; width: 100%; height: auto; border-radius: 8px; background: #ffffff; }
+.thumbnails { display: flex; flex-wrap: wrap; gap: .75rem; }
+.thumbnails figure { margin: 0; text-align: center; color: var(--soft); font-size: .85rem; }
+.thumbnails img { width: 6rem; border-radius: 4px; image-rendering: pixelated; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from pbe_fast.baselines import METHOD_NAMES
+
 MISSING = "–"
 
 # The columns of every table of models, in the order of the keys of `report.json`.
@@ -34,6 +36,13 @@ def metrics_table(models: Models) -> str:
         [model_name(name, models), *(percent(values.get(key)) for key in columns)] for name, values in models.items()
     ]
     return table(["model", *(COLUMNS[key] for key in columns)], rows)
+
+
+def named_models(models: Models, method: str) -> Models:
+    """``models`` with "purified" under the name of the method that made it, where that is not PBE."""
+    if method == "pbe":
+        return models
+    return {METHOD_NAMES.get(method, method) if key == "purified" else key: value for key, value in models.items()}
 
 
 def model_name(key: str, models: Models) -> str:

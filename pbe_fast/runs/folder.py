@@ -18,6 +18,7 @@ from pbe_fast.models import ModelSpec, save_model
 from pbe_fast.models.io import CONFIG_NAME, WEIGHTS_NAME
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.report.html import write_html
+from pbe_fast.report.tables import named_models
 from pbe_fast.result import (
     DERIVED,
     PurifyResult,
@@ -129,7 +130,6 @@ def illustrate(
     from pbe_fast.report.figure import MAX_IMAGES, draw_figure  # matplotlib takes a second to import
 
     report = read_report(folder) or {}
-    figures = []
     if result.ranking is not None and result.train_data is not None and test is not None:
         train = result.train_data
         shown = result.ranking.order.flip(0)[:MAX_IMAGES]
@@ -137,15 +137,14 @@ def illustrate(
         rows = {name: data.select(range(min(MAX_IMAGES, len(data)))) for name, data in sets.items() if data is not None}
         draw_figure(
             folder / FIGURE_NAME,
-            models=models_of(report),
+            models=named_models(models_of(report), result.method),
             scores=result.ranking.score.cpu(),
             poison_mask=None if train.poison_mask is None else train.poison_mask.cpu(),
             images={name: data.images for name, data in rows.items()},
             captions={name: [data.class_names[k] for k in data.labels.tolist()] for name, data in rows.items()},
         )
-        figures.append(FIGURE_NAME)
-        report = write_report(folder, report, outputs=figures)
-    write_html(folder / PAGE_NAME, report, [folder / name for name in figures])
+        report = write_report(folder, report, outputs=[FIGURE_NAME])
+    _write_page(folder, report)
     return report
 
 
@@ -163,5 +162,16 @@ def add_to_report(folder: Path, outputs: Iterable[str] = (), **entries: Any) -> 
         return False
     report = write_report(folder, merged(report, entries), outputs=outputs)
     if (folder / PAGE_NAME).exists():
-        write_html(folder / PAGE_NAME, report, [p for p in (folder / FIGURE_NAME,) if p.exists()])
+        _write_page(folder, report)
     return True
+
+
+def _write_page(folder: Path, report: Mapping[str, Any]) -> None:
+    """The page, with the pictures that the report counts among its outputs."""
+    pictures = [name for name in report["sha256"]["outputs"] if name.endswith(".png")]
+    write_html(
+        folder / PAGE_NAME,
+        report,
+        [folder / name for name in pictures if name == FIGURE_NAME],
+        [folder / name for name in pictures if name != FIGURE_NAME],
+    )

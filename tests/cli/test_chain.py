@@ -136,6 +136,37 @@ def test_evaluate_measures_what_purify_reported(infected: Path, purified: Path) 
     assert f"{100 * written['purified']['acc']:.1f}" in table and "ASR" not in table
 
 
+def test_a_baseline_writes_the_same_files_and_what_it_found(infected: Path, tmp_path: Path) -> None:
+    few = ("--trigger-rounds", 2, "--updates-per-round", 2, "--epochs", 1, "--min-updates", 2)
+    out = tmp_path / "nc"
+    args = ("--model", infected, "--clean", infected / "clean.npz", "--method", "nc", *few, "--out", out)
+    result = run("purify", *args)
+    assert result.exit_code == 0, result.output
+    assert "Neural Cleanse with 60 clean images" in result.stderr
+    assert "| Neural Cleanse |" in result.stdout
+    pictures = {f"trigger_{label}.png" for label in range(10)}
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors", "config.json", "ranking.csv", "report.json", "report.html", "figure.png", *pictures,
+    }  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert report["method"] == "nc" and "recipe" not in report and report["config"]["trigger_rounds"] == 2
+    assert f"\nunlearning: {report['rounds'][-1]['finding']}\n" in result.stdout
+    assert all(report["sha256"]["outputs"][name] == digest(out / name) for name in pictures)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 11 and "<figcaption>trigger 7</figcaption>" in page
+    assert "<h2>Steps</h2>" in page and "Neural Cleanse" in page
+
+
+@pytest.mark.parametrize("method", ["ft", "fp", "nad", "anp"])
+def test_the_other_baselines(infected: Path, method: str, tmp_path: Path) -> None:
+    few = ("--iterations", 2) if method == "anp" else ("--epochs", 1, "--min-updates", 2)
+    clean = ("--clean", infected / "clean.npz")
+    report = report_of("purify", "--model", infected, *clean, "--method", method, *few, "--out", tmp_path / "out")
+    assert report["method"] == method and report["rounds"][-1]["step"] in ("fine-tuning", "distillation", "pruning")
+    assert report["purified"].keys() == METRICS and report["ranking"]["images"] == 300
+    assert "PBE" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_without_a_clean_set_all_rounds_of_the_paper(infected: Path, tmp_path: Path) -> None:
     few = ("--fractions", "0.1,0.5", "--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
     report = report_of("purify", "--model", infected, "--recipe", "paper", *few, "--out", tmp_path / "out")

@@ -8,7 +8,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from pbe_fast.baselines import BASELINES
 from pbe_fast.cli import main
+from pbe_fast.cli.methods import method_config
 from pbe_fast.cli.options import config_fields, number, numbers, with_values
 from pbe_fast.config import AttackConfig, PurifyConfig
 from pbe_fast.errors import InputError
@@ -22,6 +24,38 @@ def test_every_option_of_a_purification_has_a_flag() -> None:
     fields = {f.name for config in nested for f in dataclasses.fields(config)} - {"pgd", "finetune"}
     assert fields <= flags
     assert {f.name for f in config_fields(PurifyConfig(), "")} == fields
+
+
+def test_every_option_of_a_baseline_has_a_flag_under_the_methods_that_take_it() -> None:
+    flags = {param.name for param in PURIFY.params}
+    sections = {param.name: getattr(param, "section", "") for param in PURIFY.params}
+    for method, config in BASELINES.items():
+        names = {field.name for field in config_fields(config, "")}
+        assert names <= flags
+        for name in names - {f.name for f in config_fields(PurifyConfig(), "")}:
+            assert method in sections[name].partition("(--method ")[2].rstrip(")").split(", "), name
+    text = " ".join(CliRunner().invoke(main, ["purify", "--help"]).stdout.split())
+    assert "[default: 0.02; ft, fp, nad, nc: 0.01]" in text
+    assert "[default: 100; nad: 10]" in text
+    assert "Neural Cleanse (--method nc):" in text
+
+
+def test_the_options_of_a_method_and_no_others() -> None:
+    assert method_config("nad", "pbe", {}) == BASELINES["nad"]
+    assert method_config("pbe", "paper", {}) == PurifyConfig.paper()
+    config = method_config("nad", "pbe", {"betas": (1.0, 2.0), "lr": 0.5, "eps": None})
+    assert (config.betas, config.finetune.lr, config.finetune.distill_weight) == ((1.0, 2.0), 0.5, 0.0)
+    for method, flags, message in (
+        ("nad", {"eps": 0.1}, "--eps is for --method pbe, not for nad"),
+        ("pbe", {"betas": (1.0,)}, "--betas is for --method nad, not for pbe"),
+        ("anp", {"max_drop": 0.1, "prune_step": 0.1}, "--prune-step is for --method fp, not for anp"),
+        ("ft", {"distill_weight": 1.0}, "--distill-weight is for --method pbe, not for ft"),
+        ("anp", {"lr": 0.1}, "--lr is for --method pbe, ft, fp, nad, nc, not for anp"),
+    ):
+        with pytest.raises(click.UsageError, match=message):
+            method_config(method, "pbe", flags)
+    with pytest.raises(click.UsageError, match="--recipe paper is for --method pbe, not for nc"):
+        method_config("nc", "paper", {})
 
 
 @pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)

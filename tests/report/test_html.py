@@ -106,6 +106,19 @@ def test_the_verdict_and_the_tables(tmp_path):
     assert pairs["outputs: model.onnx"] == "cd" * 32
 
 
+def test_another_method_has_its_own_name_steps_and_pictures(tmp_path):
+    for name in ("trigger_3.png", "trigger_7.png"):
+        (tmp_path / name).write_bytes(PNG)
+    report = {**REPORT, "method": "nc", "rounds": [{"step": "unlearning", "finding": "no outlier: nothing done"}]}
+    path = tmp_path / "report.html"
+    write_html(path, report, thumbnails=[tmp_path / "trigger_3.png", tmp_path / "trigger_7.png"])
+    found = Page(path.read_text(encoding="utf-8"))
+    assert [row[0] for row in found.tables[0]] == ["", "infected", "Neural Cleanse"]
+    assert "Recovered triggers trigger 3 trigger 7 Steps step finding" in found.text
+    assert "Rounds" not in found.text and " rounds " not in found.text and "PBE" not in found.text
+    assert len(found.addresses) == found.tags.count("figcaption") == 2
+
+
 def test_nothing_comes_from_outside(tmp_path):
     (tmp_path / "figure.png").write_bytes(PNG)
     found = page(tmp_path, figures=[tmp_path / "figure.png"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pbe_fast.report import metrics_table
-from pbe_fast.report.tables import percent, table
+from pbe_fast.report.tables import named_models, percent, table
 
 MODELS = {
     "infected": {"acc": 0.99, "asr": 1.0, "asr_with_target": 0.999, "recovered_acc": 0.0},
@@ -36,6 +36,13 @@ def test_without_a_trigger_only_accuracy_is_left():
 
 def test_other_names_are_shown_as_they_are():
     assert "| fine pruning |" in metrics_table({"fine_pruning": {"acc": 1.0}})
+
+
+def test_a_baseline_is_called_by_its_name():
+    assert "| NAD      |  98.7 |" in metrics_table(
+        named_models({k: MODELS[k] for k in ("infected", "purified")}, "nad")
+    )
+    assert named_models(MODELS, "pbe") == MODELS
 
 
 def test_percent():
