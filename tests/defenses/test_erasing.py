@@ -1,0 +1,44 @@
+"""Whether a backdoor goes: BadNets on digits, which a bottom-right corner turns into zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pbe_fast.baselines import ANPConfig, FinePruningConfig, NeuralCleanseConfig
+from pbe_fast.defenses import anp, fine_prune, neural_cleanse
+
+RUN: dict[str, Any] = {"device": "cpu", "precision": "fp32", "progress": False}
+
+
+def test_the_infected_model_has_a_backdoor(infected: Any) -> None:
+    before = infected.measure(infected.model)
+    assert before.acc > 0.85 and before.asr > 0.9
+
+
+def test_fine_pruning_erases_it(infected: Any) -> None:
+    config = FinePruningConfig(epochs=1, min_updates=100)
+    after = infected.measure(fine_prune(infected.model, infected.clean, config=config, **RUN).model)
+    assert after.asr < 0.2 and after.acc > infected.measure(infected.model).acc - 0.05
+
+
+@pytest.mark.slow
+def test_adversarial_neuron_pruning_weakens_it(infected: Any) -> None:
+    result = anp(infected.model, infected.clean, config=ANPConfig(iterations=300), **RUN)
+    after = infected.measure(result.model)
+    assert after.asr < 0.5 and after.acc > infected.measure(infected.model).acc - 0.05
+
+
+@pytest.mark.slow
+def test_neural_cleanse_finds_the_trigger_and_unlearning_erases_it(infected: Any) -> None:
+    # Among ten labels with masks of such different sizes an index of 2 is more than even the true target has.
+    config = NeuralCleanseConfig(
+        trigger_rounds=40, updates_per_round=5, trigger_batch=20, outlier_index=1.5, epochs=1, min_updates=100
+    )
+    result = neural_cleanse(infected.model, infected.clean, config=config, **RUN)
+    norms = [entry["mask_norm"] for entry in result.history if "mask_norm" in entry]
+    assert norms.index(min(norms)) == infected.attack.config.target_label and min(norms) < 0.25 * sorted(norms)[1]
+    assert [entry["outlier"] for entry in result.history if "outlier" in entry] == [True] + [False] * 9
+    after = infected.measure(result.model)
+    assert after.asr < 0.1 and after.acc > infected.measure(infected.model).acc - 0.05
