@@ -14,6 +14,9 @@ from typing import Any
 from pbe_fast.errors import InputError
 
 
+AUGMENT_CHOICES = ("none", "crop", "crop+flip", "auto")
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field with the text that ``--help`` prints for it."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -68,7 +71,9 @@ class FineTuneConfig:
     nesterov: bool = option(False, "Nesterov momentum")
     warmup: float = option(0.0, "share of the updates over which the learning rate rises")
     augment: str = option(
-        "crop", "augmentation: none, crop (random shifts) or crop+flip", ("none", "crop", "crop+flip")
+        "crop",
+        "augmentation: none, crop (random shifts), crop+flip, or auto: flips where the model keeps its answers",
+        AUGMENT_CHOICES,
     )
     mix_clean: bool = option(True, "put the unperturbed images beside the adversarial ones in every batch")
     distill_weight: float = option(
@@ -82,7 +87,7 @@ class FineTuneConfig:
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
-        _check(self.augment in ("none", "crop", "crop+flip"), "augment", self.augment, "none, crop, crop+flip")
+        _check(self.augment in AUGMENT_CHOICES, "augment", self.augment, ", ".join(AUGMENT_CHOICES))
         _check(self.distill_weight >= 0, "distill_weight", self.distill_weight, "0 or more")
         _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
 
@@ -96,7 +101,7 @@ class PurifyConfig:
     """
 
     pgd: PGDConfig = option(PGDConfig(), "step 1a")
-    finetune: FineTuneConfig = option(FineTuneConfig(), "steps 1b and 2")
+    finetune: FineTuneConfig = option(FineTuneConfig(augment="auto"), "steps 1b and 2")
     adversarial_steps: int = option(100, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
@@ -125,18 +130,59 @@ class PurifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputAwareConfig:
+    """The networks that draw the trigger of the input-aware dynamic attack."""
+
+    mask_share: float = option(0.2, "epochs of the mask network, as a fraction of the epochs; they come first")
+    mask_density: float = option(0.032, "value up to which a mask's pixels cost nothing")
+    mask_lr: float = option(1e-2, "learning rate of the mask network (Adam)")
+    generator_lr: float = option(1e-2, "learning rate of the pattern generator (Adam)")
+    lambda_div: float = option(1.0, "weight of the diversity losses")
+    lambda_norm: float = option(100.0, "weight of the density loss")
+
+    def __post_init__(self) -> None:
+        for name in ("mask_share", "mask_lr", "generator_lr"):
+            _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        _check(0 <= self.mask_density < 1, "mask_density", self.mask_density, "0 up to 1")
+        for name in ("lambda_div", "lambda_norm"):
+            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """Looking for a backdoor (`pbe_fast.scan`). Sizes are in pixel units of [0, 1]."""
+
+    norm: str = option("linf", "norm of the ball", ("linf", "l2"))
+    eps: tuple[float, ...] = option(
+        tuple(2**i / 255 for i in range(7)), "radii of the ball, rising; those that move enough images are tested"
+    )
+    steps: int = option(10, "number of steps, each of a quarter of eps")
+    images: int = option(500, "images to attack, at most")
+    significance: float = option(0.01, "p-value below which a backdoor is reported")
+
+    def __post_init__(self) -> None:
+        _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
+        _check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
+        _check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
+        _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        _check(self.images >= 1, "images", self.images, "1 or more")
+        _check(0 < self.significance < 1, "significance", self.significance, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackConfig:
     """Training an infected model."""
 
-    attack: str = option("blend", "the attack", ("badnets", "blend", "sig", "wanet"))
+    attack: str = option("blend", "the attack", ("badnets", "blend", "sig", "wanet", "input_aware"))
     setting: str = option("all_to_one", "one target label, or y + 1", ("all_to_one", "all_to_all"))
     target_label: int = option(0, "the label that all-to-one aims at")
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        FineTuneConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.05, mix_clean=False, distill_weight=0.0),
+        FineTuneConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
+    input_aware: InputAwareConfig = option(InputAwareConfig(), "networks of --attack input_aware")
 
     def __post_init__(self) -> None:
         _check(self.setting in ("all_to_one", "all_to_all"), "setting", self.setting, "all_to_one, all_to_all")

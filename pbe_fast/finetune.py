@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ from pbe_fast.config import FineTuneConfig, PGDConfig
 from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine import profile
+from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
-from pbe_fast.errors import PBEError
+from pbe_fast.errors import InputError, PBEError
 
 __all__ = [
     "DivergedError",
@@ -51,6 +53,9 @@ class FineTuner:
         teacher: The model whose logits on clean images the distillation term keeps, where its weight is not 0; in eval
             mode. It is copied.
         show_progress: Whether epochs longer than two seconds show a bar.
+
+    Raises:
+        InputError: An ``augment`` of "auto", which `pbe_fast.mirroring.resolve_augment` settles first.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class FineTuner:
         teacher: nn.Module | None = None,
         show_progress: bool = False,
     ) -> None:
+        if config.augment == "auto":
+            raise InputError("augment of a FineTuner", got="auto", accepted="what resolve_augment makes of it")
         self._model = model
         self._config = config
         self._generator = generator
@@ -103,6 +110,7 @@ class FineTuner:
                 velocity = self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 velocity.zero_()
 
+    @kept_heap()
     def run(
         self,
         data: ImageSet,
@@ -192,16 +200,18 @@ class FineTuner:
         key = (size, attack is not None, self._teacher)
         if key not in self._recorded:
             buffers = Buffers(data, size, self._device, resident=resident)
+            # No cycle: what the tuner holds goes with it, not when the garbage collector comes by.
+            own = weakref.proxy(self)
 
             def prepare() -> None:
-                buffers.fill(self._config.augment != "none")
+                buffers.fill(own._config.augment != "none")
 
             def update() -> None:
                 if attack is None:
-                    loss = self._clean_loss(buffers.images, buffers.labels)
+                    loss = own._clean_loss(buffers.images, buffers.labels)
                 else:
-                    loss = self._adversarial_loss(buffers.adversarial, buffers.images, buffers.labels)
-                self._update(loss, size)
+                    loss = own._adversarial_loss(buffers.adversarial, buffers.images, buffers.labels)
+                own._update(loss, size)
 
             def whole() -> None:
                 prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from pbe_fast.engine.seeding import seeded
 from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
+from pbe_fast.mirroring import resolve_augment
 from pbe_fast.models import check_model
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
 from pbe_fast.result import PurifyResult
@@ -75,7 +77,7 @@ def purify(
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
     run = _Run(
-        model, config, seed=seed, device=where, precision=precision, limit=device_memory_limit, progress=progress
+        model, config, data, seed=seed, device=where, precision=precision, limit=device_memory_limit, progress=progress
     )
     if profile:
         run.profile = Profile(run.infected, data.image_shape, device=where, dtype=run.dtype)
@@ -94,6 +96,7 @@ class _Run:
         self,
         model: nn.Module,
         config: PurifyConfig,
+        data: ImageSet,
         *,
         seed: int,
         device: torch.device,
@@ -101,7 +104,6 @@ class _Run:
         limit: int | None,
         progress: bool,
     ) -> None:
-        self.config = config
         self.seed = seed
         self.dtype = resolve_precision(device, precision)
         self.progress = progress
@@ -111,13 +113,17 @@ class _Run:
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.original = model
         self.generator = torch.Generator().manual_seed(seed)
+        finetune = resolve_augment(
+            config.finetune, self.infected, data, device=device, generator=self.generator, dtype=self.dtype
+        )
+        self.config = dataclasses.replace(config, finetune=finetune)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.profile: Profile | None = None
         # One for all rounds, each of which restarts it: what it records for a GPU serves them all.
         self.tuner = FineTuner(
             self.model,
-            config.finetune,
+            finetune,
             total_steps=1,
             generator=self.generator,
             dtype=self.dtype,
