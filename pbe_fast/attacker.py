@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -275,8 +276,10 @@ class PGD:
         yield from (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
     def _make_replays(self) -> None:
-        self._run_all = Replay(lambda: self._run(self._batch), self._device)
-        self._step_all = Replay(lambda: self._step(self._batch), self._device)
+        # No cycle: what the object holds goes with it, not when the garbage collector comes by.
+        own = weakref.proxy(self)
+        self._run_all = Replay(lambda: own._run(own._batch), self._device)
+        self._step_all = Replay(lambda: own._step(own._batch), self._device)
 
     def _compile(self) -> None:
         def try_out(forward: Forward) -> None:

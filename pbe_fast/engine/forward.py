@@ -13,9 +13,8 @@ from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.streaming import stream
 
-# What one batch may hold before memory decides: on a CPU more do not stay in its caches.
-_LARGEST = {"cuda": 4096}
-_LARGEST_ELSEWHERE = 512
+# A forward pass keeps a third of what training keeps per image: with the default batches, less memory than an update.
+_LARGEST = 512
 # Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
 _WORTH_FOLDING = 4096
 
@@ -45,7 +44,7 @@ def predict_logits(
         images: (N, C, H, W) uint8, on the model's device, or on the CPU: then they are sent batch by batch. N of at
             least 1.
         dtype: Of the matrix products.
-        batch_size: Images at a time, at most; if not given, 4096 on a GPU and 512 elsewhere.
+        batch_size: Images at a time, at most; 512 if not given.
         streamed: Read batches ahead also where images and model share a device, as for a memory map.
         desc: Text of the progress bar.
         show_progress: Whether there is one.
@@ -54,7 +53,7 @@ def predict_logits(
         (N, K) float32 on the device of ``images``.
     """
     n, device = len(images), _device_of(model, images)
-    size = min(n, batch_size or _LARGEST.get(device.type, _LARGEST_ELSEWHERE))
+    size = min(n, batch_size or _LARGEST)
     weights = weight_dtype(model)
     if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, FrozenCopy):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
