@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from pbe_fast.baselines import NeuralCleanseConfig
 from pbe_fast.data import ImageSet
+from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.forward import to_input
-from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress as progress_bar
 from pbe_fast.finetune import endless_batches
 
@@ -116,13 +116,14 @@ def search_triggers(
     """A trigger for every label of ``data``.
 
     Args:
-        model: In eval mode, its parameters frozen, on the device of ``data``.
+        model: On the device of ``data``; a frozen copy of it is searched.
         data: Clean images.
         config: Of the search.
         generator: On the CPU: starting points and batches.
         dtype: Of the matrix products.
         progress: Whether to show a bar.
     """
+    network = FrozenCopy(model, dtype=dtype, image_shape=data.image_shape)
     channels, height, width = data.image_shape
     batch = min(config.trigger_batch, len(data))
     side_by_side = max(1, _MAX_PIXELS // (batch * height * width))
@@ -133,7 +134,7 @@ def search_triggers(
     total = config.trigger_rounds * len(groups)
     with progress_bar(range(total), desc="trigger search", enabled=progress) as bar:
         found = [
-            _search_group(model, data, labels, start[labels], config, generator, dtype, lambda: bar.update(1))
+            _search_group(network, data, labels, start[labels], config, generator, lambda: bar.update(1))
             for labels in groups
         ]
     return Triggers(
@@ -145,13 +146,12 @@ def search_triggers(
 
 
 def _search_group(
-    model: nn.Module,
+    network: FrozenCopy,
     data: ImageSet,
     labels: Tensor,
     raw: Tensor,
     config: NeuralCleanseConfig,
     generator: torch.Generator,
-    dtype: torch.dtype,
     after_round: Callable[[], object],
 ) -> Triggers:
     """The search for these labels, side by side; ``raw`` is (L, 1 + C, H, W), masks in front, before the tanh."""
@@ -173,7 +173,7 @@ def _search_group(
         for _ in range(config.updates_per_round):
             images = to_input(data.images[next(batches).to(data.device)])
             masks, patterns = _unit(raw[where])
-            logits = _stamped_logits(model, images, masks, patterns, dtype)
+            logits = _stamped_logits(network, images, masks, patterns)
             targets = labels[where][:, None].expand(logits.shape[:2])
             entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
             sizes = masks.sum((1, 2, 3))
@@ -198,10 +198,9 @@ def _unit(raw: Tensor) -> tuple[Tensor, Tensor]:
     return both[:, :1], both[:, 1:]
 
 
-def _stamped_logits(model: nn.Module, images: Tensor, masks: Tensor, patterns: Tensor, dtype: torch.dtype) -> Tensor:
+def _stamped_logits(network: FrozenCopy, images: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
     """(L, B, K) float32: every image with every label's trigger on it."""
     kept, added = (1 - masks)[:, None], (masks * patterns)[:, None]
     stamped = (kept * images + added).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    with autocast(images.device, dtype):
-        logits: Tensor = model(stamped)
+    logits: Tensor = network(stamped)
     return logits.float().view(len(masks), len(images), -1)

@@ -20,7 +20,10 @@ from pbe_fast.report.tables import COLUMNS, MISSING, model_name, named_models, p
 MODELS = ("infected", "fine_tuned", "purified", "purified_no_clean")
 SECTIONS = {"onnx": "ONNX file", "config": "Options", "machine": "Machine", "versions": "Versions", "sha256": "SHA-256"}
 # Fractions in [0, 1], printed in percent.
-FRACTIONS = ("acc", "asr", "asr_with_target", "recovered_acc", "extra_poison_rate", "acc_model", "asr_model")
+FRACTIONS = (
+    "acc", "asr", "asr_with_target", "recovered_acc", "extra_poison_rate", "acc_model", "asr_model",
+    "held_out_acc", "held_out_acc_before",
+)  # fmt: skip
 # Up to here the page shows the attack success as erased; the figure itself stands beside it.
 ERASED_ASR = 0.05
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
