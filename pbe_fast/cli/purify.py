@@ -12,6 +12,7 @@ from pbe_fast.cli.options import (
     DATA_HELP,
     INPUT,
     OUTPUT,
+    RUN,
     console_options,
     device_options,
     force_option,
@@ -63,6 +64,20 @@ pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out pu
 @force_option
 @seed_option
 @device_options("auto")
+@option(
+    "--device-memory-limit",
+    section=RUN,
+    type=click.IntRange(0),
+    metavar="MIB",
+    help="send images batch by batch where a set takes more than this on the device  [default: half of a GPU's free "
+    "memory]",
+)
+@option(
+    "--profile",
+    section=RUN,
+    is_flag=True,
+    help="say where the time goes, also in report.json, and write trace.json for chrome://tracing",
+)
 @console_options
 def purify(
     *,
@@ -85,6 +100,8 @@ def purify(
     seed: int,
     device: str,
     precision: str,
+    device_memory_limit: int | None,
+    profile: bool,
     **flags: Any,
 ) -> None:
     """Erase the backdoor that a model may carry, and rank its training images.
@@ -96,6 +113,8 @@ def purify(
     config = method_config(method, recipe, flags)
     if method != "pbe" and clean is None:
         raise click.UsageError(f"--method {method} needs --clean: trusted images")
+    if method != "pbe" and (profile or device_memory_limit is not None):
+        raise click.UsageError(f"--profile and --device-memory-limit are for --method pbe, not for {method}")
     if clean_count is not None and clean is None:
         raise click.UsageError("--clean-count needs --clean, to draw from")
     if out.resolve() == model.resolve():
@@ -135,6 +154,8 @@ def purify(
         "progress": console.progress,
     }
     if method == "pbe":
+        limit = None if device_memory_limit is None else device_memory_limit << 20
+        run |= {"device_memory_limit": limit, "profile": profile}
         result = pbe_fast.purify(infected, sets.get("train"), clean_data=sets.get("clean"), **run)
     else:
         from pbe_fast.defenses import DEFENSES
@@ -159,6 +180,8 @@ def purify(
     )
     report = runs.illustrate(out, result, sets.get("test"), sets.get("triggered"))
     console.note(f"wrote {out}: {', '.join([*report['sha256']['outputs'], 'report.json', 'report.html'])}")
+    if result.profile is not None:
+        console.note(result.profile.table())
     lines = [metrics_table(named_models(metrics, method))] if "test" in sets else []
     lines += findings_text(result.history)
     lines.append(ranking_text(report["ranking"]) if "ranking" in report else "no training images were given to rank")

@@ -11,7 +11,16 @@ from pathlib import Path
 from pbe_fast.errors import OutputError
 
 # What a command of the package leaves in its output folder; a folder with none of these may hold anything else.
-RUN_FILES = ("*.safetensors", "*.onnx", "*.npz", "config.json", "report.json", "report.html", "ranking.csv")
+RUN_FILES = (
+    "*.safetensors",
+    "*.onnx",
+    "*.npz",
+    "config.json",
+    "report.json",
+    "report.html",
+    "ranking.csv",
+    "trace.json",
+)
 
 
 @contextlib.contextmanager

@@ -175,6 +175,32 @@ def test_without_a_clean_set_all_rounds_of_the_paper(infected: Path, tmp_path: P
     assert all({"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"} <= entry.keys() for entry in report["rounds"])
 
 
+def test_a_profile_is_printed_stored_and_traced(infected: Path, tmp_path: Path) -> None:
+    few = ("--fractions", 0.3, "--adversarial-steps", 2, "--clean-steps", 2, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, *few, "--out", tmp_path / "out", "--force")
+    result = run(*args, "--profile", "--device-memory-limit", 0)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    names = [row["phase"] for row in report["profile"]["phases"]]
+    assert names == ["infected logits", "attracting labels", "adversarial", "clean", "ranking"]
+    table = result.stderr[result.stderr.index("phase  ") :].splitlines()[1 : len(names) + 1]
+    assert all(line.startswith(name) and line.endswith("%") for line, name in zip(table, names, strict=True))
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert any(event["name"] == "aten::conv2d" for event in trace["traceEvents"])
+    # The next run is not profiled, and must not pass for it.
+    assert run(*args).exit_code == 0
+    assert not (tmp_path / "out" / "trace.json").exists()
+    assert "profile" not in json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_a_baseline_has_no_profile(infected: Path, tmp_path: Path) -> None:
+    clean = ("--clean", infected / "clean.npz", "--out", tmp_path / "out")
+    for flag in (("--profile",), ("--device-memory-limit", 5)):
+        result = run("purify", "--model", infected, *clean, "--method", "ft", *flag)
+        assert result.exit_code == 2
+        assert "are for --method pbe, not for ft" in result.stderr
+
+
 def test_weights_without_a_config_and_images_of_unknown_truth(infected: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes((infected / "model.safetensors").read_bytes())
