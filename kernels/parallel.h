@@ -1,4 +1,4 @@
-// The only place that starts threads. The number of threads comes from the caller (torch.get_num_threads()).
+// The only place that starts or takes threads. The number of threads comes from the caller (torch.get_num_threads()).
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,68 @@
 #include <system_error>
 #include <thread>
 #ifndef _WIN32
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
 namespace pbe {
 
-// Workers that sleep between calls: starting threads anew would cost more than a small batch takes.
+// The threads of the OpenMP library that the process has loaded, which is PyTorch's: they spin for milliseconds after
+// each of its operations, and threads of our own would have to share the processors with them.
+class OpenMP {
+ public:
+  // As Pool::run. The team has `threads` members, as PyTorch's has: with another number, threads end and start anew.
+  static bool run(int parts, int threads, const std::function<void(int)>& task) {
+    static const OpenMP library;
+    if (library.parallel_ == nullptr || forked().load(std::memory_order_relaxed)) return false;
+    Work work{&library, parts, &task};
+    library.parallel_(&OpenMP::member, &work, static_cast<unsigned>(threads), 0);
+    return true;
+  }
+
+ private:
+  struct Work {
+    const OpenMP* library;
+    int parts;
+    const std::function<void(int)>* task;
+  };
+
+  OpenMP() {
+#ifndef _WIN32
+    // GCC's interface, which LLVM's and Intel's libraries have as well. Nothing is linked: there must be no second one.
+    find("omp_get_thread_num", number_);
+    find("omp_get_num_threads", count_);
+    if (number_ != nullptr && count_ != nullptr) find("GOMP_parallel", parallel_);
+    pthread_atfork(nullptr, nullptr, [] { forked().store(true, std::memory_order_relaxed); });
+#endif
+  }
+
+  template <class Function>
+  static void find(const char* name, Function& function) {
+#ifndef _WIN32
+    function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+#endif
+  }
+
+  // A forked child has none of its parent's threads, but the library waits for them.
+  static std::atomic<bool>& forked() {
+    static std::atomic<bool> is_child{false};
+    return is_child;
+  }
+
+  static void member(void* data) {
+    const Work& work = *static_cast<const Work*>(data);
+    const int members = work.library->count_();
+    for (int part = work.library->number_(); part < work.parts; part += members) (*work.task)(part);
+  }
+
+  int (*number_)() = nullptr;
+  int (*count_)() = nullptr;
+  void (*parallel_)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+};
+
+// Where there is no OpenMP: workers that sleep between calls, as starting threads anew would cost more than a small
+// batch takes.
 class Pool {
  public:
   // Runs task(0) ... task(parts - 1), part 0 here and the others on the workers; returns when all are done. False,
@@ -135,7 +191,7 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, const Body& b
   const std::int64_t extra = n % parts;
   const auto begin_of = [&](int part) { return part * each + std::min<std::int64_t>(part, extra); };
   const std::function<void(int)> task = [&](int part) { body(begin_of(part), begin_of(part + 1)); };
-  if (parts > 1 && Pool::instance().run(parts, task)) return;
+  if (parts > 1 && (OpenMP::run(parts, threads, task) || Pool::instance().run(parts, task))) return;
   // One part, or a nested call, or calls from several Python threads at once: the work is done where it is.
   for (int part = 0; part < parts; ++part) task(part);
 }
