@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pbe_fast.poison import poison
     from pbe_fast.purify import purify
     from pbe_fast.result import PurifyResult
+    from pbe_fast.scan import scan
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "export_onnx",
     "poison",
     "purify",
+    "scan",
     "train_infected",
     "verify_onnx",
 ]
@@ -48,13 +50,14 @@ _HOMES = {
     "export_onnx": "export",
     "poison": "poison",
     "purify": "purify",
+    "scan": "scan",
     "train_infected": "attack",
     "verify_onnx": "export",
 }
 
 
 class _Package(ModuleType):
-    """The package: `purify` and `poison` are functions of it, although modules of these names exist."""
+    """The package: `purify`, `poison` and `scan` are functions of it, although modules of these names exist."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:

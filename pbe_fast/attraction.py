@@ -61,10 +61,36 @@ def reached_labels(
     return counts.view(k, k)
 
 
-def label_shares(counts: Tensor) -> Tensor:
-    """The labels' shares of the misclassified images in (K, K) counts: (K,) float64 that sums to 1, or zeros."""
-    reached = counts.sum(0) - counts.diagonal()
-    return reached.double() / reached.sum().clamp_min(1)
+def arrival_shares(counts: Tensor) -> Tensor:
+    """How much of the other labels' misled images each label attracts, from (K, K) counts of `reached_labels`.
+
+    Every other label's images together count as one, however many there are; labels without one are left out.
+
+    Returns:
+        (K,) float64. Were all destinations alike, each share would be 1 / (K - 1).
+    """
+    by_label, misled = _by_label(counts)
+    others = misled[:, None] & ~torch.eye(len(counts), dtype=torch.bool)
+    return (by_label * others).sum(0) / others.sum(0).clamp_min(1)
+
+
+def shift_shares(counts: Tensor) -> Tensor:
+    """How much of every label's misled images goes to the label s further on (y + s mod K), likewise.
+
+    Returns:
+        (K - 1,) float64, for s of 1 to K - 1; they sum to 1 where any image was misled.
+    """
+    by_label, misled = _by_label(counts)
+    k = len(counts)
+    labels = torch.arange(k)
+    diagonals = [by_label[labels, (labels + s) % k].sum() for s in range(1, k)]
+    return torch.stack(diagonals) / misled.sum().clamp_min(1)
+
+
+def _by_label(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each label's misled images as shares of the labels reached, (K, K), and which labels have any, (K,)."""
+    misled = (counts - torch.diag(counts.diagonal())).double()
+    return misled / misled.sum(1, keepdim=True).clamp_min(1), misled.sum(1) > 0
 
 
 def attack_shares(
@@ -110,8 +136,7 @@ def attack_shares(
 
 def _even_shares(counts: Tensor) -> Tensor:
     """The labels' shares of the misclassified images, the images of every label together counting as one."""
-    misled = (counts - torch.diag(counts.diagonal())).double()
-    by_label = misled / misled.sum(1, keepdim=True).clamp_min(1)
+    by_label, _ = _by_label(counts)
     return by_label.sum(0) / by_label.sum().clamp_min(1)
 
 

@@ -154,9 +154,10 @@ class ScanConfig:
 
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
     eps: tuple[float, ...] = option(
-        tuple(2**i / 255 for i in range(7)), "radii of the ball, rising; those that move enough images are tested"
+        tuple(level / 255 for level in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
+        "radii of the ball, rising; three of them are tested, by how many images they move",
     )
-    steps: int = option(10, "number of steps, each of a quarter of eps")
+    steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
     significance: float = option(0.01, "p-value below which a backdoor is reported")
 

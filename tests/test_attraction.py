@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe_fast.attraction import attack_shares, attracting_labels, label_shares, reached_labels
+from pbe_fast.attraction import arrival_shares, attack_shares, attracting_labels, reached_labels, shift_shares
 from pbe_fast.config import PGDConfig
 from pbe_fast.data import ImageSet
 
@@ -119,6 +119,15 @@ def test_counts_are_by_label_and_label_reached_and_the_diagonal_withstood() -> N
     assert untouched.tolist() == torch.diag(torch.tensor([20, 20, 20, 0])).tolist()
 
 
-def test_shares_leave_out_what_withstood() -> None:
-    counts = torch.tensor([[9, 3, 0], [0, 9, 1], [0, 0, 9]])
-    assert label_shares(counts).tolist() == [0, 0.75, 0.25]
+def test_what_arrives_counts_the_images_of_each_other_label_alike() -> None:
+    # Many images of label 0, few of label 1, none of label 2 were misled; three of label 1 withstood.
+    counts = torch.tensor([[5, 90, 10], [1, 3, 1], [0, 0, 7]])
+    assert arrival_shares(counts).tolist() == pytest.approx([0.5, 0.9, 0.3])
+    assert arrival_shares(torch.diag(torch.tensor([4, 4, 4]))).tolist() == [0, 0, 0]
+
+
+def test_shifts_go_round() -> None:
+    shifted = torch.roll(torch.eye(5, dtype=torch.int64), 2, dims=1) * torch.tensor([[3], [1], [9], [2], [7]])
+    assert shift_shares(shifted).tolist() == [0, 1, 0, 0]
+    uneven = torch.tensor([[0, 3, 1], [2, 0, 2], [0, 0, 4]])
+    assert shift_shares(uneven).tolist() == pytest.approx([0.625, 0.375])

@@ -11,6 +11,7 @@ from pbe_fast.cli.evaluate import evaluate
 from pbe_fast.cli.export import export
 from pbe_fast.cli.purify import purify
 from pbe_fast.cli.rank import rank
+from pbe_fast.cli.scan import scan
 from pbe_fast.cli.shell import EXIT_CODES, Group
 from pbe_fast.cli.verify import verify
 
@@ -20,7 +21,7 @@ _HELP = f"""Purify image classifiers that may carry a backdoor, and find the poi
 Try it:         pbe-fast demo
 Your own model: pbe-fast purify --model model.pt --arch module:function \\
                     --train images/ --out purified/
-From the start: pbe-fast attack --help, then purify, evaluate, export, verify
+From the start: pbe-fast attack --help, then scan, purify, evaluate, export, verify
 
 Each command reads and writes files, so that they chain. Results go to stdout, notes to stderr.
 
@@ -42,5 +43,5 @@ def main() -> None:
     """The group of all commands."""
 
 
-for _command in (attack, purify, rank, evaluate, export, verify, demo):
+for _command in (attack, scan, purify, rank, evaluate, export, verify, demo):
     main.add_command(_command)

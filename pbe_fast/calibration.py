@@ -1,0 +1,102 @@
+"""How uneven a benign model's adversarial labels are, and so how surprising a share is.
+
+The paper takes them to be uniform. They are not: some labels lie nearer to all others, so that shares differ from model
+to model far more than those of independent draws would. The null hypothesis is therefore Dirichlet-multinomial: the
+shares of m destinations are drawn from a symmetric Dirichlet distribution, whose concentration is fitted on benign
+models (`bench/efficacy/scan_models.py`), and the images from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of 0.1 to 1000, in decades; beyond that shares are all but free, or all but multinomial.
+_DECADES = (-1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest of a few shares.
+
+    Attributes:
+        share: In [0, 1].
+        total: Images that it is a share of.
+        candidates: Shares that were looked at.
+        destinations: Labels that each image can reach, at least 2.
+    """
+
+    share: float
+    total: int
+    candidates: int
+    destinations: int
+
+    @property
+    def times_even(self) -> float:
+        """The share in units of what it would be if all destinations were alike."""
+        return self.share * self.destinations
+
+    def p_value(self, concentration: float) -> float:
+        """P(a largest share of this or more) under the null, by Sidak's formula for the candidates."""
+        upper = _log_upper(self.total, self.destinations, concentration)[round(self.share * self.total)]
+        return float(_any_of(self.candidates, upper))
+
+    def critical(self, significance: float, concentration: float) -> float:
+        """The least share whose p-value is below ``significance``; infinite where none is."""
+        upper = _log_upper(self.total, self.destinations, concentration)
+        below = (_any_of(self.candidates, upper) < significance).nonzero()
+        return float(below[0, 0]) / self.total if len(below) else math.inf
+
+
+def fit_concentration(largest: Iterable[Largest]) -> float:
+    """The concentration under which the largest shares of benign models are most likely, from 0.1 to 1000.
+
+    The likelihood is that of the maximum, not of all shares: a test needs the tail.
+    """
+    seen = list(largest)
+
+    def likelihood(decade: float) -> float:
+        return sum(_log_likelihood(one, 10**decade) for one in seen)
+
+    low, high = _DECADES
+    while high - low > 1e-3:
+        # It rises to one maximum and falls: a third that cannot hold it goes.
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (left, high) if likelihood(left) < likelihood(right) else (low, right)
+    return float(10 ** ((low + high) / 2))
+
+
+def _log_likelihood(largest: Largest, concentration: float) -> float:
+    """log P(the largest share is exactly this one)."""
+    upper = _any_of(largest.candidates, _log_upper(largest.total, largest.destinations, concentration))
+    here = round(largest.share * largest.total)
+    beyond = float(upper[here + 1]) if here < largest.total else 0.0
+    return math.log(max(float(upper[here]) - beyond, 1e-300))
+
+
+def _any_of(candidates: int, log_upper: Tensor) -> Tensor:
+    """P(at least one of ``candidates`` independent events), each of log probability ``log_upper``."""
+    # expm1 and log1p: 1 - (1 - p)^n would be 0 for the small p that matter.
+    return -torch.expm1(candidates * torch.log1p(-log_upper.exp().clamp_max(1.0)))
+
+
+def _log_upper(total: int, destinations: int, concentration: float) -> Tensor:
+    """log P(X >= x) for x of 0 to ``total``, (total + 1,) float64.
+
+    X of ``total`` images reach one given destination: beta-binomial with parameters a = ``concentration`` and
+    b = (destinations - 1) a.
+    """
+    x = torch.arange(total + 1, dtype=torch.float64)
+    a = torch.tensor(concentration, dtype=torch.float64)
+    b = (destinations - 1) * a
+    choose = torch.lgamma(x.new_tensor(total + 1)) - torch.lgamma(x + 1) - torch.lgamma(total - x + 1)
+    log_pmf = choose + _log_beta(x + a, total - x + b) - _log_beta(a, b)
+    return torch.logcumsumexp(log_pmf.flip(0), dim=0).flip(0).clamp_max(0.0)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)

@@ -1,0 +1,133 @@
+"""The figure of a scan: where each label's adversarial images end up, and what stands out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pbe_fast.engine.files import atomic_write
+from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
+
+# Up to so many labels have room for a name, up to so many for a number in every cell.
+_NAMED, _NUMBERED = 20, 12
+_COLOURS = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#9ecae1", GOOD, "#08306b"]).with_extremes(
+    bad="#e5e7eb"
+)
+
+
+def draw_scan(
+    path: str | os.PathLike[str],
+    *,
+    counts: Tensor,
+    shares: Mapping[str, Tensor],
+    critical: Mapping[str, float],
+    verdict: str,
+    summary: str,
+    class_names: Sequence[str],
+) -> None:
+    """Write the figure of a scan as a PNG, 1920 x 840 pixels.
+
+    Args:
+        path: Where to write; the file appears once it is whole.
+        counts: (K, K) images by label and label reached, as `reached_labels` gives them.
+        shares: "all_to_one": (K,) of the labels; "all_to_all": (K - 1,) of the shifts.
+        critical: For both, the share from which on a backdoor is reported; may be infinite.
+        verdict: "none", "all_to_one" or "all_to_all": whose largest share is drawn as found.
+        summary: The finding, as a line above the figure.
+        class_names: K names.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    k = len(counts)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(12.8, 5.6), dpi=150, facecolor="white")
+        FigureCanvasAgg(figure)
+        colour = INK if verdict == "none" else BAD
+        figure.text(0.02, 0.955, summary, fontsize=13, fontweight="bold", color=colour, va="top")
+        labels = [_shorten(name) for name in class_names]
+        found = {setting: int(shares[setting].argmax()) if setting == verdict else None for setting in shares}
+        _draw_matrix(figure.add_axes((0.095, 0.17, 0.345, 0.69)), counts, labels)
+        to_one = figure.add_axes((0.545, 0.17, 0.19, 0.69))
+        _draw_shares(to_one, shares["all_to_one"], critical["all_to_one"], labels, found["all_to_one"])
+        _title(to_one, "All to one: share by label", "of the other labels' images, how many arrive")
+        to_all = figure.add_axes((0.795, 0.17, 0.19, 0.69))
+        shifts = [f"y + {s}" for s in range(1, k)]
+        _draw_shares(to_all, shares["all_to_all"], critical["all_to_all"], shifts, found["all_to_all"])
+        _title(to_all, "All to all: share by shift", "of every label's images, how many go there")
+        with atomic_write(Path(path)) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
+    """Each row as shares of its misled images; grey where an image cannot be led, on the diagonal."""
+    k = len(counts)
+    misled = (counts - torch.diag(counts.diagonal())).double()
+    percent = (100 * misled / misled.sum(1, keepdim=True).clamp_min(1)).numpy()
+    shown = np.ma.masked_array(percent, mask=np.eye(k, dtype=bool))
+    axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    if k <= _NUMBERED:
+        for y, x in zip(*np.nonzero(~shown.mask), strict=True):
+            text = f"{percent[y, x]:.0f}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if percent[y, x] > 45 else SOFT)
+    _ticks(axes.set_yticks, labels)
+    _ticks(axes.set_xticks, labels, rotation=45 if max(map(len, labels)) > 2 else 0)
+    axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
+    axes.set_ylabel("label of the image", fontsize=9.5, color=SOFT)
+    axes.set_xlabel("label that the attack reaches", fontsize=9.5, color=SOFT)
+    _title(axes, "Adversarial images, % of each row", "a dark column: all to one; a dark diagonal: all to all")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[str], found: int | None) -> None:
+    values = 100 * shares.numpy()
+    places = np.arange(len(values))
+    axes.barh(places, values, height=0.72, color=[BAD if i == found else GOOD for i in places])
+    even = 100 / (len(names) if names[0].startswith("y + ") else len(names) - 1)
+    right = max(float(values.max()), 100 * critical if critical <= 1 else 0.0, 2 * even) * 1.12
+    axes.axvline(even, color=SOFT, linewidth=1)
+    notes: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": SOFT, "va": "top"}
+    axes.text(even, -0.09, "even", ha="center", **notes)
+    if critical <= 1:
+        axes.axvline(100 * critical, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(100 * critical, -0.09, "reported", ha="center", **{**notes, "color": BAD})
+    _ticks(axes.set_yticks, names)
+    axes.set(xlim=(0, right), ylim=(len(values) - 0.5, -0.5))
+    axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
+    axes.set_xlabel("%", fontsize=9.5, color=SOFT, labelpad=14)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "left")
+        spine.set_color(LINE)
+
+
+def _ticks(set_ticks: Any, names: Sequence[str], **text: Any) -> None:
+    """All names where there is room, else every fifth label's number."""
+    if len(names) <= _NAMED:
+        set_ticks(range(len(names)), names, **text)
+    else:
+        first = int(names[0].removeprefix("y + ")) if names[0].startswith("y + ") else 0
+        set_ticks(range(0, len(names), 5), [str(i + first) for i in range(0, len(names), 5)])
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=21)
+    axes.annotate(
+        note, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color=SOFT, va="bottom", ha="left"
+    )
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 12 else f"{name[:11]}…"

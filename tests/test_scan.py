@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pbe_fast
+from pbe_fast.config import ScanConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.errors import InputError, OutputError
+from pbe_fast.scan import ScanLevel, ScanResult
+
+K = 6
+
+
+class Stripes(nn.Module):
+    """Answers with the brightest of K stripes; a bright corner leads to ``target``, or from y to y + ``shift``."""
+
+    def __init__(self, *, target: int | None = None, shift: int | None = None) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(20.0))
+        self.target, self.shift = target, shift
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([stripe.mean((1, 2, 3)) for stripe in images[..., 1:].split(2, dim=-1)], dim=1) * self.gain
+        corner = F.softplus(100 * (images[:, 0, :2, 0].mean(1, keepdim=True) - 0.42))
+        if self.target is not None:
+            logits = logits + 2 * corner * F.one_hot(torch.tensor(self.target), K)
+        if self.shift is not None:
+            logits = logits + 2 * corner * (5 * logits).softmax(1).roll(self.shift, dims=1)
+        return logits
+
+
+def _stripes(n: int = 300) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % K
+    images = torch.randint(70, 120, (n, 1, 4, 1 + 2 * K), generator=generator, dtype=torch.uint8)
+    images[..., 0] = 90
+    for i, k in enumerate(labels.tolist()):
+        images[i, :, :, 1 + 2 * k : 3 + 2 * k] += 45
+    return ImageSet(images, labels, tuple("abcdef"))
+
+
+def _scan(model: nn.Module, **options: object) -> ScanResult:
+    return pbe_fast.scan(model, _stripes(), config=ScanConfig(**options), device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def to_one() -> ScanResult:
+    return _scan(Stripes(target=4))
+
+
+def test_a_benign_model_is_not_suspected() -> None:
+    found = _scan(Stripes())
+    assert (found.verdict, found.target_label, found.shift, found.found) == ("none", None, None, False)
+    assert found.p_value > 0.05 and found.score < 2.5
+    assert "no backdoor found" in found.summary()
+
+
+def test_all_to_one_is_found_with_its_target(to_one: ScanResult) -> None:
+    assert (to_one.verdict, to_one.target_label, to_one.shift) == ("all_to_one", 4, None)
+    assert to_one.p_value < 1e-4 and to_one.score > 4
+    assert int(to_one.level.histogram.argmax()) == 4
+    assert "label 4 (e)" in to_one.summary()
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+def test_all_to_all_is_found_with_any_shift(shift: int) -> None:
+    found = _scan(Stripes(shift=shift))
+    assert (found.verdict, found.target_label, found.shift) == ("all_to_all", None, shift)
+    assert f"y -> y + {shift}" in found.summary()
+    counts, labels = found.matrix, torch.arange(K)
+    arrived = counts[labels, (labels + shift) % K]
+    assert (arrived > 0.5 * (counts.sum(1) - counts.diagonal())).all()
+
+
+def test_the_significance_decides() -> None:
+    benign = _scan(Stripes())
+    assert _scan(Stripes(), significance=min(0.999, 1.01 * benign.p_value)).found or benign.p_value == 1
+    strict = _scan(Stripes(target=4), significance=1e-300)
+    assert strict.verdict == "none" and strict.target_label is None
+
+
+def test_the_radii_rise_until_one_is_beyond(to_one: ScanResult) -> None:
+    names = [level.name for level in to_one.levels]
+    assert [name for name in names if name] == [n for n in ("quarter", "most", "beyond") if n in names]
+    assert names[-2:] == ["most", "beyond"]
+    eps = [level.eps for level in to_one.levels]
+    assert eps[:-1] == list(ScanConfig().eps[: len(eps) - 1])
+    assert eps[-1] == min(e for e in ScanConfig().eps if e >= 2 * eps[-2])
+    for level in to_one.levels:
+        assert level.counts.sum() == to_one.images
+        if level.name is None:
+            assert level.moved < 0.75
+        if level.name == "quarter":
+            assert 0.25 <= level.moved < 0.75
+        if level.name == "most":
+            assert level.moved >= 0.75
+    assert to_one.level in to_one.levels
+
+
+def test_only_images_that_the_model_answers_rightly_are_attacked_each_label_alike() -> None:
+    data = _stripes(600)
+    labels = data.labels.clone()
+    labels[labels == 0] = torch.where(torch.arange(100) < 80, 1, 0)  # 80 that it answers with 0
+    mixed = ImageSet(data.images, labels, data.class_names)
+    config = ScanConfig(images=90, eps=(1 / 255, 64 / 255))
+    found = pbe_fast.scan(Stripes(), mixed, config=config, device="cpu", precision="fp32")
+    assert found.images == 90
+    assert found.matrix.sum(1).tolist() == [15] * K
+    # A radius of one grey level moves nothing: all were right to begin with.
+    assert found.levels[0].moved == 0
+
+
+def test_the_model_and_the_random_state_stay_as_they_were_and_a_seed_fixes_the_result() -> None:
+    model = Stripes(target=2).train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again = (pbe_fast.scan(model, _stripes(), seed=3, device="cpu", precision="fp32") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.gain.requires_grad and model.gain.grad is None
+    assert {**first.to_dict(), "seconds": 0} == {**again.to_dict(), "seconds": 0}
+
+
+def test_what_is_refused() -> None:
+    two = ImageSet(_stripes().images, _stripes().labels % 2, ("a", "b"))
+    with pytest.raises(InputError, match="got 2; accepted: 3 or more"):
+        pbe_fast.scan(Stripes(), two, device="cpu")
+    with pytest.raises(InputError, match="accepted: larger eps"):
+        _scan(Stripes(), eps=(0.5 / 255, 1 / 255))
+    wrong = ImageSet(_stripes().images, (_stripes().labels + 1) % K, tuple("abcdef"))
+    with pytest.raises(InputError, match="none that the model answers"):
+        pbe_fast.scan(Stripes(), wrong, device="cpu")
+    for options in ({"eps": (0.2, 0.1)}, {"eps": ()}, {"significance": 1.0}, {"images": 0}, {"norm": "l1"}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            ScanConfig(**options)
+
+
+def test_a_level_by_hand() -> None:
+    counts = torch.tensor([[5, 3, 2], [0, 10, 0], [1, 4, 5]])
+    level = ScanLevel("most", 0.1, counts)
+    assert level.moved == pytest.approx(1 / 3)
+    assert level.histogram.tolist() == [1, 7, 2]
+    largest = level.largest("all_to_one")
+    assert (largest.share, largest.total) == (pytest.approx(0.7), 10)
+    assert level.largest("all_to_all").total == 10
+    assert (largest.candidates, largest.destinations) == (3, 2)
+
+
+def test_the_folder_that_is_saved(to_one: ScanResult, tmp_path: Path) -> None:
+    out = to_one.save(tmp_path / "scan", note="mine")
+    assert {p.name for p in out.iterdir()} == {"scan.png", "report.json"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["scan"] == json.loads(json.dumps(to_one.to_dict()))
+    assert report["note"] == "mine" and "scan.png" in report["sha256"]["outputs"]
+    assert report["scan"]["levels"][-1]["counts"] == to_one.levels[-1].counts.tolist()
+    with pytest.raises(OutputError, match="already holds a run"):
+        to_one.save(out)
