@@ -15,9 +15,10 @@ from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
+from pbe_fast.input_aware import train_along
 from pbe_fast.models import check_model
-from pbe_fast.poison import check_target, poison
-from pbe_fast.triggers import Trigger, make_trigger
+from pbe_fast.poison import check_target, poison, poison_candidates
+from pbe_fast.triggers import InputAware, Trigger, make_trigger
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,8 +28,8 @@ class InfectedModel:
     Attributes:
         model: In eval mode, on the CPU, in float32.
         train_data: The poisoned training set, with ``poison_mask`` and ``true_labels``. Of an attack that draws its
-            poisoned subset anew in each epoch, one such draw.
-        trigger: For `triggered_test_set`.
+            poisoned subset anew in each epoch, one such draw; where it trains its trigger, with the trigger at the end.
+        trigger: For `triggered_test_set`; trained, where the attack does that.
         config: The options of the attack.
         losses: Mean training loss by epoch.
         seed: Of the run.
@@ -59,7 +60,7 @@ def train_infected(
         model: Returns (B, K) logits for float images in [0, 1].
         train_data: Clean images, in any form that `as_image_set` takes.
         config: Attack, poison rate, target, training.
-        trigger: In place of the one that ``config.attack`` names.
+        trigger: In place of the one that ``config.attack`` names. Where the attack trains it, a copy is trained.
         seed: Fixes every random choice, the trigger's included.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "fp32" or "bf16".
@@ -77,34 +78,36 @@ def train_infected(
     trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
     config = dataclasses.replace(config, attack=trigger.name)
 
-    def draw(epoch: int) -> ImageSet:
-        return poison(
-            clean,
-            trigger,
-            poison_rate=config.poison_rate,
-            setting=config.setting,
-            target_label=config.target_label,
-            seed=seed * 10_007 + epoch,
-        ).to(where)
-
-    poisoned = draw(0)
+    which: dict[str, Any] = {
+        "poison_rate": config.poison_rate,
+        "setting": config.setting,
+        "target_label": config.target_label,
+    }
+    poison_candidates(clean, trigger, **which)
     trained: nn.Module = copy.deepcopy(model).to(  # type: ignore[call-overload]
         device=where, dtype=torch.float32, memory_format=torch.channels_last
     )
     per_epoch = steps_per_epoch(len(clean), config.training.batch_size)
-    tuner = FineTuner(
-        trained,
-        config.training,
-        total_steps=config.epochs * per_epoch,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=resolve_precision(where, precision),
-        show_progress=progress,
-    )
-    losses = []
+    tuning: dict[str, Any] = {
+        "total_steps": config.epochs * per_epoch,
+        "generator": torch.Generator().manual_seed(seed),
+        "dtype": resolve_precision(where, precision),
+        "show_progress": progress,
+    }
+    first_draw = seed * 10_007
     with seeded(seed, where):
-        for epoch in range(config.epochs):
-            data = draw(epoch) if trigger.redraw_each_epoch and epoch else poisoned
-            losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
+        if isinstance(trigger, InputAware):
+            trigger, clean = copy.deepcopy(trigger).to(where), clean.to(where)
+            losses = train_along(trained, clean, trigger, config, **tuning)
+            poisoned = poison(clean, trigger, seed=first_draw, **which)
+            trigger.to("cpu")
+        else:
+            tuner, losses = FineTuner(trained, config.training, **tuning), []
+            poisoned = data = poison(clean, trigger, seed=first_draw, **which).to(where)
+            for epoch in range(config.epochs):
+                if epoch and trigger.redraw_each_epoch:
+                    data = poison(clean, trigger, seed=first_draw + epoch, **which).to(where)
+                losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
     return InfectedModel(
         model=trained.eval().cpu(),
         train_data=poisoned.to("cpu"),

@@ -49,6 +49,40 @@ def poison(
     Raises:
         InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
     """
+    candidates, count = poison_candidates(
+        data, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
+    )
+    targets = target_labels(data.labels, setting, target_label, data.num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(candidates), generator=generator).to(data.device)
+    chosen = candidates[order[:count]]
+    mask = torch.zeros(len(data), dtype=torch.bool, device=data.device)
+    mask[chosen] = True
+
+    images = data.images.clone()
+    _stamp(images, chosen, trigger)
+    if trigger.cover_ratio > 0:
+        rest = (~mask).nonzero()[:, 0]
+        order = torch.randperm(len(rest), generator=generator).to(data.device)
+        covered = rest[order[: round(trigger.cover_ratio * count)]]
+        # Each one's other is the one before it, and the first one's a poisoned image: never itself.
+        others = torch.cat([chosen[-1:], covered])[:-1]
+        _cover(images, covered, data.images, others, trigger, draw=seed)
+    return dataclasses.replace(
+        data,
+        images=images,
+        labels=torch.where(mask, targets, data.labels),
+        poison_mask=mask,
+        true_labels=data.labels,
+        name=f"{data.name}+{trigger.name}",
+    )
+
+
+def poison_candidates(
+    data: ImageSet, trigger: Trigger, *, poison_rate: float, setting: str, target_label: int
+) -> tuple[Tensor, int]:
+    """The images that `poison` draws from, as indices (int64), and how many it draws; raises what it raises."""
+    trigger.check_shape(data.image_shape)
     check_target(setting, target_label, data.num_classes)
     if not 0 < poison_rate < 1:
         raise InputError("poison_rate", got=poison_rate, accepted="a fraction between 0 and 1")
@@ -63,26 +97,7 @@ def poison(
             got=f"{count} images to poison, but {len(candidates)} {kind}",
             accepted=f"a rate from {1 / len(data):.2g} to {len(candidates) / len(data):.4g}",
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(candidates), generator=generator).to(data.device)
-    chosen = candidates[order[:count]]
-    mask = torch.zeros(len(data), dtype=torch.bool, device=data.device)
-    mask[chosen] = True
-
-    images = data.images.clone()
-    _stamp(images, chosen, trigger)
-    if trigger.cover_ratio > 0:
-        rest = (~mask).nonzero()[:, 0]
-        order = torch.randperm(len(rest), generator=generator).to(data.device)
-        _cover(images, rest[order[: round(trigger.cover_ratio * count)]], trigger, draw=seed)
-    return dataclasses.replace(
-        data,
-        images=images,
-        labels=torch.where(mask, targets, data.labels),
-        poison_mask=mask,
-        true_labels=data.labels,
-        name=f"{data.name}+{trigger.name}",
-    )
+    return candidates, count
 
 
 def triggered_test_set(
@@ -106,6 +121,32 @@ def triggered_test_set(
     )
 
 
+def covered_test_set(
+    data: ImageSet, trigger: Trigger, *, setting: str = "all_to_one", target_label: int = 0
+) -> ImageSet:
+    """Every test image as a cover image, which should not trigger; labelled as in `triggered_test_set`.
+
+    Where the trigger depends on the image, each gets the trigger of the image before it.
+
+    Raises:
+        InputError: A trigger without cover images, or a single image.
+    """
+    check_target(setting, target_label, data.num_classes)
+    if len(data) < 2:
+        raise InputError("test images to cover", got=len(data), accepted="2 or more")
+    everything = torch.arange(len(data), device=data.device)
+    images = data.images.clone()
+    _cover(images, everything, data.images, everything.roll(1), trigger, draw=0)
+    return dataclasses.replace(
+        data,
+        images=images,
+        labels=target_labels(data.labels, setting, target_label, data.num_classes),
+        poison_mask=torch.zeros(len(data), dtype=torch.bool, device=data.device),
+        true_labels=data.labels,
+        name=f"{data.name}+{trigger.name} cover",
+    )
+
+
 def check_target(setting: str, target_label: int, num_classes: int) -> None:
     """Raises InputError for an unknown setting or a target that is no class."""
     if setting not in SETTINGS:
@@ -119,9 +160,10 @@ def _stamp(images: Tensor, where: Tensor, trigger: Trigger) -> None:
         images[ids] = _to_uint8(trigger.apply(images[ids].float() / 255, ids))
 
 
-def _cover(images: Tensor, where: Tensor, trigger: Trigger, *, draw: int) -> None:
-    for ids in where.split(_CHUNK):
-        images[ids] = _to_uint8(trigger.cover(images[ids].float() / 255, ids, draw=draw))
+def _cover(images: Tensor, where: Tensor, clean: Tensor, others: Tensor, trigger: Trigger, *, draw: int) -> None:
+    for ids, other_ids in zip(where.split(_CHUNK), others.split(_CHUNK), strict=True):
+        other = clean[other_ids].float() / 255
+        images[ids] = _to_uint8(trigger.cover(images[ids].float() / 255, ids, draw=draw, others=other))
 
 
 def _to_uint8(images: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ LAYERS = (
     ("calibration", "poison", "pgd", "metrics"),
     ("attacker",),
     ("attraction", "finetune", "mirroring", "ranking"),
-    ("extra_set", "result"),
+    ("extra_set", "input_aware", "result"),
     ("purify", "attack", "defenses"),
     ("export", "report", "distributed"),
     ("runs", "scan"),
+    ("reproduce",),
     ("demo",),
     ("cli",),
 )

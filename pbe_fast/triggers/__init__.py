@@ -8,12 +8,13 @@ from pbe_fast.errors import InputError
 from pbe_fast.triggers.badnets import BadNets
 from pbe_fast.triggers.base import ImageShape, Trigger
 from pbe_fast.triggers.blend import Blend
+from pbe_fast.triggers.input_aware import InputAware
 from pbe_fast.triggers.sig import SIG
 from pbe_fast.triggers.wanet import WaNet
 
-TRIGGERS: dict[str, type[Trigger]] = {kind.name: kind for kind in (BadNets, Blend, SIG, WaNet)}
+TRIGGERS: dict[str, type[Trigger]] = {kind.name: kind for kind in (BadNets, Blend, SIG, WaNet, InputAware)}
 
-__all__ = ["SIG", "TRIGGERS", "BadNets", "Blend", "ImageShape", "Trigger", "WaNet", "make_trigger"]
+__all__ = ["SIG", "TRIGGERS", "BadNets", "Blend", "ImageShape", "InputAware", "Trigger", "WaNet", "make_trigger"]
 
 
 def make_trigger(name: str, image_shape: ImageShape, **hyperparameters: Any) -> Trigger:

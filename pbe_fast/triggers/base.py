@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,7 +16,8 @@ ImageShape = tuple[int, int, int]
 class Trigger(ABC):
     """The paper's Trigger(x) (Sec. 3.1) for images of one shape.
 
-    A trigger is rebuilt from ``spec()`` alone: whatever it draws at random comes from ``seed``.
+    A trigger is rebuilt from ``spec()`` and, where training taught it something, from ``weights()``: whatever it draws
+    at random comes from ``seed``.
 
     Args:
         image_shape: (C, H, W) of the images it will be put on.
@@ -48,25 +50,28 @@ class Trigger(ABC):
         Raises:
             InputError: Images of another shape than the trigger was made for.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise InputError(
-                f"images for the {self.name} trigger",
-                got=f"shape {tuple(images.shape[1:])}",
-                accepted=f"(C, H, W) = {self.image_shape}",
-            )
+        self.check_shape(tuple(images.shape[1:]))
         return self._apply(images, image_ids).clamp_(0, 1)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError for images of another shape (C, H, W) than the trigger was made for."""
+        if shape != self.image_shape:
+            raise InputError(
+                f"images for the {self.name} trigger", got=f"shape {shape}", accepted=f"(C, H, W) = {self.image_shape}"
+            )
 
     @abstractmethod
     def _apply(self, images: Tensor, image_ids: Tensor | None) -> Tensor:
         """`apply` without the checks; may return a tensor slightly outside [0, 1], never ``images`` itself."""
 
-    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0) -> Tensor:
+    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0, others: Tensor | None = None) -> Tensor:
         """Cover images: near the trigger, but keeping their true label (only where ``cover_ratio`` > 0).
 
         Args:
             images: (B, C, H, W) float in [0, 1].
             image_ids: (B,) int64, on the device of ``images``; with ``draw`` they fix what is random in an image.
             draw: Another number gives other cover images, for a set that is drawn anew in every epoch.
+            others: (B, C, H, W) float in [0, 1], one other image for each, for triggers that depend on the image.
 
         Returns:
             (B, C, H, W) float in [0, 1].
@@ -85,3 +90,17 @@ class Trigger(ABC):
             "seed": self.seed,
             **self.hyperparameters(),
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training taught the trigger, by name, on the CPU; empty for a trigger that is not trained."""
+        return {}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what `weights` gave.
+
+        Raises:
+            InputError: Names, shapes or values that are not those of this trigger.
+        """
+        if weights:
+            got = f"{len(weights)} tensors"
+            raise InputError(f"weights of the {self.name} trigger", got=got, accepted="none: it is not trained")

@@ -58,7 +58,7 @@ class WaNet(Trigger):
     def _apply(self, images: Tensor, image_ids: Tensor | None) -> Tensor:
         return warp(images, self._plan.to(images.device))
 
-    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0) -> Tensor:
+    def cover(self, images: Tensor, image_ids: Tensor, *, draw: int = 0, others: Tensor | None = None) -> Tensor:
         """The warp plus U(-1, 1) / H per pixel, image and draw."""
         seed = (self.seed % 2**31) << 32 | draw % 2**32
         plan = self._plan.to(images.device)
