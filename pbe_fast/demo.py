@@ -49,7 +49,7 @@ def run_demo(
 
     Args:
         out: Folder for the purified model, model.onnx, ranking.csv, figure.png, report.html and report.json.
-        attack: "blend", "badnets", "sig" or "wanet".
+        attack: "blend", "badnets", "sig", "wanet" or "input_aware".
         epochs: Of the infection.
         config: Of both purifications; by default that of `purify`, with an eps for digits.
         seed: Of everything: the clean images, the weights, the poisoning, the purification.
@@ -123,7 +123,8 @@ def run_demo(
         path = export_onnx(with_clean.model, folder / ONNX_NAME, image_shape=train.image_shape)
     with clock.phase("verification"):
         onnx = verify_onnx(path, with_clean.model, tests.data, triggered=triggered, seed=seed, progress=progress)
-    runs.add_to_report(folder, [ONNX_NAME], onnx=onnx.to_dict(), seconds=clock.seconds())
+    saved = runs.save_trigger_weights(infected.trigger, folder)
+    runs.add_to_report(folder, [ONNX_NAME, *saved], onnx=onnx.to_dict(), seconds=clock.seconds())
     return runs.illustrate(folder, with_clean, tests.data, triggered)
 
 

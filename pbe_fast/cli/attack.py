@@ -104,7 +104,7 @@ def attack(
 
     Writes model.safetensors, config.json, train.npz (the poisoned training set with its poison_mask),
     poison_indices.json and report.json; with --test also test.npz and triggered.npz; with --clean-count also
-    clean.npz.
+    clean.npz; of a trigger that is trained along with the model (input_aware) also trigger.safetensors.
     """
     config = with_values(AttackConfig(), flags)
     hyperparameters = dict(_name_and_value(text) for text in trigger_option)
@@ -141,12 +141,13 @@ def attack(
             precision=precision,
             progress=console.progress,
         )
-    triggered = None
+    triggered = cover = None
     with clock.phase("evaluation"):
         if tests is not None:
             triggered = triggered_test_set(
-                tests.data, trigger, setting=config.setting, target_label=config.target_label
+                tests.data, infected.trigger, setting=config.setting, target_label=config.target_label
             )
+            cover = runs.measure_cover(infected, tests.data, device=device, progress=console.progress)
         metrics = runs.measure(
             infected.model, tests.data if tests else None, triggered, device=device, progress=console.progress
         )
@@ -158,12 +159,15 @@ def attack(
         clean=clean,
         report={
             "infected": metrics,
+            **({} if cover is None else {"cover": cover}),
             "seconds": clock.seconds(),
             "sha256": {"inputs": runs.describe_inputs({}, {"data": source, "test": tests})},
         },
     )
     poisoned = report["train"]["poisoned"]
     console.note(f"poisoned {poisoned:,} of {len(train):,} images")
+    if cover is not None:
+        console.note(f"cover images, which should not trigger: ACC {cover['acc']:.2%}, ASR {cover['asr']:.2%}")
     console.note(f"wrote {out}: {', '.join([*report['sha256']['outputs'], 'report.json'])}")
     text = metrics_table({"infected": metrics}) if tests else f"infected model in {out}; --test would measure it"
     console.result(text, report)

@@ -26,7 +26,7 @@ pbe-fast demo --attack badnets --seed 1 --out runs/badnets
 @option(
     "--attack",
     section="Attack",
-    type=click.Choice(("blend", "badnets", "sig", "wanet")),
+    type=click.Choice(("blend", "badnets", "sig", "wanet", "input_aware")),
     default="blend",
     show_default=True,
     help="how the model is infected",

@@ -11,8 +11,9 @@ from pbe_fast.runs.folder import (
     provenance,
     save_infected,
 )
-from pbe_fast.runs.networks import measure, name_models, new_model, open_model, rank_with
+from pbe_fast.runs.networks import measure, measure_cover, name_models, new_model, open_model, rank_with
 from pbe_fast.runs.sources import Source, purification_sets, require_same_kind, require_true_labels, reserve
+from pbe_fast.runs.triggers import load_trigger, save_trigger_weights
 
 __all__ = [
     "Clock",
@@ -20,7 +21,9 @@ __all__ = [
     "add_to_report",
     "describe_inputs",
     "illustrate",
+    "load_trigger",
     "measure",
+    "measure_cover",
     "models_of",
     "name_models",
     "new_model",
@@ -32,4 +35,5 @@ __all__ = [
     "require_true_labels",
     "reserve",
     "save_infected",
+    "save_trigger_weights",
 ]

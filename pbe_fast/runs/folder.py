@@ -31,6 +31,7 @@ from pbe_fast.result import (
 )
 from pbe_fast.runs.networks import UNKNOWN
 from pbe_fast.runs.sources import CLEAN_NAME, TEST_NAME, TRAIN_NAME, TRIGGERED_NAME, Source
+from pbe_fast.runs.triggers import save_trigger_weights
 
 INDICES_NAME = "poison_indices.json"
 FIGURE_NAME, PAGE_NAME = "figure.png", "report.html"
@@ -103,7 +104,7 @@ def save_infected(
     attack = {"trigger": trigger.spec(), "setting": config.setting, "target_label": config.target_label}
     discard(folder, (*DERIVED, *sets))
     save_model(infected.model, spec, folder, extra={"role": "infected", "attack": attack})
-    names = [WEIGHTS_NAME, CONFIG_NAME, INDICES_NAME]
+    names = [WEIGHTS_NAME, CONFIG_NAME, INDICES_NAME, *save_trigger_weights(trigger, folder)]
     for name, data in sets.items():
         if data is not None:
             save_npz(data, folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pbe_fast.attack import InfectedModel
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.metrics import Metrics, evaluate
 from pbe_fast.models import ModelSpec, build_from_spec, check_model, load_model
 from pbe_fast.models.io import CONFIG_NAME
+from pbe_fast.poison import covered_test_set
 from pbe_fast.ranking import Ranking, rank_images
 
 UNKNOWN = {"acc": None, "asr": None, "asr_with_target": None, "recovered_acc": None}
@@ -105,6 +108,26 @@ def measure(
     finally:
         model.to(before)
     return metrics.to_dict()
+
+
+def measure_cover(
+    infected: InfectedModel, test: ImageSet, *, device: str = "auto", progress: bool = True
+) -> dict[str, float | None] | None:
+    """What an infected model says of test images that look triggered and should not trigger.
+
+    WaNet's have the noisy warp, those of the input-aware attack the trigger of another image (its cross mode).
+
+    Returns:
+        ``acc`` and ``asr`` on them; None for a trigger without cover images.
+    """
+    config, trigger = infected.config, infected.trigger
+    if trigger.cover_ratio == 0:
+        return None
+    covered = covered_test_set(test, trigger, setting=config.setting, target_label=config.target_label)
+    assert covered.true_labels is not None
+    true = dataclasses.replace(covered, labels=covered.true_labels)
+    metrics = measure(infected.model, true, covered, device=device, progress=progress)
+    return {"acc": metrics["acc"], "asr": metrics["asr"]}
 
 
 def rank_with(
