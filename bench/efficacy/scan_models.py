@@ -65,9 +65,7 @@ def cells() -> list[Cell]:
     """All models."""
     digits = [Cell("digits", "benign", "", seed) for seed in range(40)]
     digits += [Cell("digits", a, setting, seed) for setting in SETTINGS for a in ATTACKS for seed in range(3)]
-    cifar = [Cell("cifar10", "benign", "", seed) for seed in range(3)]
-    cifar += [Cell("cifar10", "blend", setting, seed) for setting, seed in (("all_to_one", 0), ("all_to_all", 1))]
-    cifar += [Cell("cifar10", "badnets", "all_to_one", 2)]
+    cifar = [*(Cell("cifar10", "benign", "", seed) for seed in range(2)), Cell("cifar10", "blend", "all_to_one", 0)]
     gtsrb = [Cell("gtsrb", "benign", "", 0), Cell("gtsrb", "blend", "all_to_one", 1)]
     return [*digits, *cifar, *gtsrb]
 
@@ -81,7 +79,7 @@ def train(cell: Cell) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
     infected = cell.attack != "benign"
     if cell.data == "digits":
         width = 16 if infected else (8, 16, 16)[cell.seed % 3]
-        epochs = 40 if infected else (12, 20, 30)[cell.seed % 3]
+        epochs = 30 if infected else (12, 20, 30)[cell.seed % 3]
         images = (len(data), 1100)[cell.seed % 2]
         augment = ("crop", "crop", "none")[cell.seed // 2 % 3]
         arch, training = "small_cnn", replace(LARGE, lr=0.05, augment=augment)
@@ -97,8 +95,8 @@ def train(cell: Cell) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
         model = model.to(memory_format=torch.channels_last)
         FineTuner(model, training, total_steps=steps, generator=generator).run(data, steps=steps)
         return model.eval(), test, evaluate(model, test).to_dict()
-    # Clean-label attacks have one class to poison; all-to-all needs more images per label to be learned.
-    rate = {("sig", "all_to_one"): 0.08}.get((cell.attack, cell.setting), 0.2 if cell.setting == "all_to_all" else 0.1)
+    # A clean-label attack has one class to poison, a tenth of the images: it cannot take all of it.
+    rate = 0.05 if (cell.attack, cell.setting) == ("sig", "all_to_one") else 0.1
     config = AttackConfig(
         attack=cell.attack,
         setting=cell.setting,

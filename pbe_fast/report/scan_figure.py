@@ -59,14 +59,14 @@ def draw_scan(
         figure.text(0.02, 0.955, summary, fontsize=13, fontweight="bold", color=colour, va="top")
         labels = [_shorten(name) for name in class_names]
         found = {setting: int(shares[setting].argmax()) if setting == verdict else None for setting in shares}
-        _draw_matrix(figure.add_axes((0.095, 0.17, 0.345, 0.69)), counts, labels)
-        to_one = figure.add_axes((0.545, 0.17, 0.19, 0.69))
+        _draw_matrix(figure.add_axes((0.095, 0.15, 0.345, 0.65)), counts, labels)
+        to_one = figure.add_axes((0.545, 0.15, 0.18, 0.65))
         _draw_shares(to_one, shares["all_to_one"], critical["all_to_one"], labels, found["all_to_one"])
-        _title(to_one, "All to one: share by label", "of the other labels' images, how many arrive")
-        to_all = figure.add_axes((0.795, 0.17, 0.19, 0.69))
+        _title(to_one, "All to one: % by label", "of images of other labels")
+        to_all = figure.add_axes((0.8, 0.15, 0.18, 0.65))
         shifts = [f"y + {s}" for s in range(1, k)]
         _draw_shares(to_all, shares["all_to_all"], critical["all_to_all"], shifts, found["all_to_all"])
-        _title(to_all, "All to all: share by shift", "of every label's images, how many go there")
+        _title(to_all, "All to all: % by shift", "of images of every label")
         with atomic_write(Path(path)) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -80,8 +80,9 @@ def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
     axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     if k <= _NUMBERED:
         for y, x in zip(*np.nonzero(~shown.mask), strict=True):
-            text = f"{percent[y, x]:.0f}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if percent[y, x] > 45 else SOFT)
+            if counts[y, x]:
+                colour = "white" if percent[y, x] > 45 else SOFT
+                axes.text(x, y, f"{percent[y, x]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     _ticks(axes.set_yticks, labels)
     _ticks(axes.set_xticks, labels, rotation=45 if max(map(len, labels)) > 2 else 0)
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
@@ -96,9 +97,9 @@ def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[st
     values = 100 * shares.numpy()
     places = np.arange(len(values))
     axes.barh(places, values, height=0.72, color=[BAD if i == found else GOOD for i in places])
-    even = 100 / (len(names) if names[0].startswith("y + ") else len(names) - 1)
+    even = 100 / (len(names) if names[0] == "y + 1" else len(names) - 1)
     right = max(float(values.max()), 100 * critical if critical <= 1 else 0.0, 2 * even) * 1.12
-    axes.axvline(even, color=SOFT, linewidth=1)
+    axes.axvline(even, color=SOFT, linewidth=1, zorder=0)
     notes: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": SOFT, "va": "top"}
     axes.text(even, -0.09, "even", ha="center", **notes)
     if critical <= 1:
@@ -107,7 +108,6 @@ def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[st
     _ticks(axes.set_yticks, names)
     axes.set(xlim=(0, right), ylim=(len(values) - 0.5, -0.5))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
-    axes.set_xlabel("%", fontsize=9.5, color=SOFT, labelpad=14)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "left")
         spine.set_color(LINE)
@@ -118,8 +118,9 @@ def _ticks(set_ticks: Any, names: Sequence[str], **text: Any) -> None:
     if len(names) <= _NAMED:
         set_ticks(range(len(names)), names, **text)
     else:
-        first = int(names[0].removeprefix("y + ")) if names[0].startswith("y + ") else 0
-        set_ticks(range(0, len(names), 5), [str(i + first) for i in range(0, len(names), 5)])
+        shifts = names[0] == "y + 1"
+        places = range(4, len(names), 5) if shifts else range(0, len(names), 5)
+        set_ticks(places, [names[i] if shifts else str(i) for i in places])
 
 
 def _title(axes: Axes, title: str, note: str) -> None:
