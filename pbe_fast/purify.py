@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +29,9 @@ from pbe_fast.models import check_model
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
 from pbe_fast.result import PurifyResult
 
+# Told after each round: its number, the model as it then is, and its ranking (None where nothing is ranked).
+OnRound = Callable[[int, nn.Module, Ranking | None], object]
+
 
 def purify(
     model: nn.Module,
@@ -41,6 +44,7 @@ def purify(
     precision: str = "auto",
     device_memory_limit: int | None = None,
     profile: bool = False,
+    on_round: OnRound | None = None,
     progress: bool = True,
 ) -> PurifyResult:
     """Erase the backdoor that ``model`` may carry.
@@ -62,6 +66,9 @@ def purify(
             memory or in a memory-mapped file, and its batches are sent ahead of their use; the result is the same. By
             default half of a GPU's free memory.
         profile: Whether to measure where the time goes: ``result.profile``.
+        on_round: Called after each round with its number (from 0), a copy of the model in eval mode on the device, and
+            the ranking of the training set (None without one): to measure how the purification goes. What it returns
+            is not looked at, and nothing that it does to the copy or draws at random changes the result.
         progress: Whether steps longer than two seconds show a bar, on stderr.
 
     Returns:
@@ -81,6 +88,7 @@ def purify(
     )
     if profile:
         run.profile = Profile(run.infected, data.image_shape, device=where, dtype=run.dtype)
+    run.on_round = on_round
 
     with seeded(seed, where), kept_heap(), run.profile.running() if run.profile else nullcontext():
         if clean is not None:
@@ -120,6 +128,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.profile: Profile | None = None
+        self.on_round: OnRound | None = None
         # One for all rounds, each of which restarts it: what it records for a GPU serves them all.
         self.tuner = FineTuner(
             self.model,
@@ -138,6 +147,7 @@ class _Run:
             ranking, _ = self._rank(train, self._infected_logits(train))
             entry.update(_truth(ranking, None, train))
         self.history.append(entry)
+        self._report_round(0, ranking)
         return self._result(ranking, train)
 
     def without_clean_set(self, train: ImageSet) -> PurifyResult:
@@ -158,10 +168,17 @@ class _Run:
             ranking, agrees = self._rank(train, infected_logits)
             entry.update(_truth(ranking, chosen, train))
             self.history.append(entry)
+            self._report_round(t, ranking)
             if t + 1 < len(self.config.fractions):
                 fraction = self.config.fractions[t + 1]
                 chosen = next_extra_set(ranking, train.labels, attracting, fraction, agrees=agrees)
         return self._result(ranking, train)
+
+    def _report_round(self, t: int, ranking: Ranking | None) -> None:
+        if self.on_round is not None:
+            # Neither the model that goes on nor the random numbers that are still to be drawn are within its reach.
+            with seeded(self.seed, self.device):
+                self.on_round(t, frozen_copy(self.model, self.device), ranking)
 
     def _attracting_labels(self, train: ImageSet) -> Tensor:
         if self.config.initial == "random":
