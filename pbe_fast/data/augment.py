@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pbe_fast.errors import InputError
+
 Augment = Literal["none", "crop", "crop+flip"]
 AUGMENTS: tuple[Augment, ...] = ("none", "crop", "crop+flip")
 
@@ -33,7 +35,12 @@ def draw_moves(count: int, height: int, kind: str, generator: torch.Generator) -
     """How each of ``count`` images is moved: (count, 3) int16 on the CPU of (down, right, mirrored).
 
     Drawn for a whole pass at once, so that a pass costs one transfer to the device.
+
+    Raises:
+        InputError: Another ``kind``; "auto" is for a model to settle first.
     """
+    if kind not in AUGMENTS:
+        raise InputError("augment", got=repr(kind), accepted=", ".join(AUGMENTS))
     moves = torch.zeros(count, 3, dtype=torch.int16)
     if kind != "none":
         reach = _reach(height)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pbe_fast.config import FineTuneConfig
 from pbe_fast.data.augment import AUGMENTS, augment
+from pbe_fast.errors import InputError
 
 
 def _images(n: int, channels: int = 3, height: int = 32, width: int = 20) -> Tensor:
@@ -75,4 +76,10 @@ def test_small_images_move_by_one_pixel() -> None:
 
 
 def test_the_options_offer_what_there_is() -> None:
-    assert FineTuneConfig.__dataclass_fields__["augment"].metadata["choices"] == AUGMENTS
+    choices = FineTuneConfig.__dataclass_fields__["augment"].metadata["choices"]
+    assert choices == (*AUGMENTS, "auto")
+
+
+def test_what_is_not_settled_is_not_taken_for_a_crop() -> None:
+    with pytest.raises(InputError, match=r"augment; got 'auto'; accepted: none, crop, crop\+flip"):
+        augment(_images(2), "auto", torch.Generator())
