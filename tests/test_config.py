@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig, to_dict
+from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, to_dict
 from pbe_fast.errors import InputError
 from pbe_fast.triggers import TRIGGERS
 
-CONFIGS = (PGDConfig, FineTuneConfig, PurifyConfig, AttackConfig)
+CONFIGS = (PGDConfig, FineTuneConfig, PurifyConfig, InputAwareConfig, AttackConfig)
 
 WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PGDConfig, {"norm": "l1"}),
@@ -41,6 +41,12 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"fractions": (0.1, 1.1)}),
     (PurifyConfig, {"initial": "easy"}),
     (PurifyConfig, {"hard_quantile": 0.0}),
+    (InputAwareConfig, {"mask_share": 0.0}),
+    (InputAwareConfig, {"mask_density": 1.0}),
+    (InputAwareConfig, {"mask_lr": math.nan}),
+    (InputAwareConfig, {"generator_lr": -0.1}),
+    (InputAwareConfig, {"lambda_div": -1.0}),
+    (InputAwareConfig, {"lambda_norm": math.inf}),
     (AttackConfig, {"setting": "one_to_one"}),
     (AttackConfig, {"poison_rate": 0.0}),
     (AttackConfig, {"poison_rate": 1.0}),

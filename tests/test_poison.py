@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError
-from pbe_fast.poison import poison, target_labels, triggered_test_set
-from pbe_fast.triggers import SIG, BadNets, Blend, Trigger, WaNet
+from pbe_fast.poison import covered_test_set, poison, target_labels, triggered_test_set
+from pbe_fast.triggers import SIG, BadNets, Blend, InputAware, Trigger, WaNet
 
 SHAPE = (3, 16, 16)
 CLASSES = 5
@@ -177,6 +177,53 @@ def test_the_result_does_not_depend_on_how_many_images_are_stamped_at_a_time(
     cover = poison(same, trigger, poison_rate=0.3)
     changed = cover.images[~_truth(cover)[0]].flatten(1)
     assert len(changed.unique(dim=0)) == 120 + 1  # and the 20 images left alone
+
+
+def test_crossed_images_get_the_trigger_of_another_image_and_keep_their_label() -> None:
+    clean, trigger = _clean(), InputAware(SHAPE, width=4)
+    poisoned = poison(clean, trigger, poison_rate=0.1, seed=3)
+    mask, _ = _truth(poisoned)
+    crossed = (poisoned.images != clean.images).flatten(1).any(1) & ~mask
+    assert int(mask.sum()) == int(crossed.sum()) == 20
+    assert torch.equal(poisoned.labels[crossed], clean.labels[crossed])
+    with torch.no_grad():
+        patterns, masks = trigger.generator(clean.floats()), trigger.masks(clean.floats())
+    for i in crossed.nonzero()[:, 0].tolist():
+        worn = torch.lerp(clean.floats()[i].expand_as(patterns), patterns, masks)
+        # Within the rounding to whole levels.
+        levels = (worn * 255 - poisoned.images[i]).abs().amax((1, 2, 3))
+        donors = (levels < 0.6).nonzero()[:, 0].tolist()
+        assert len(donors) == 1
+        assert donors != [i]
+
+
+def test_a_single_crossed_image_wears_a_poisoned_one_s_trigger() -> None:
+    clean, trigger = _clean(), InputAware(SHAPE, width=4)
+    poisoned = poison(clean, trigger, poison_rate=0.005)
+    mask, _ = _truth(poisoned)
+    (crossed,) = ((poisoned.images != clean.images).flatten(1).any(1) & ~mask).nonzero()[:, 0].tolist()
+    where = torch.tensor([crossed])
+    worn = trigger.cover(clean.floats(where), where, others=clean.floats(mask))
+    assert (worn[0] * 255 - poisoned.images[crossed]).abs().max() < 0.6
+
+
+@pytest.mark.parametrize("setting", ["all_to_one", "all_to_all"])
+def test_every_test_image_is_covered_and_knows_its_target(setting: str) -> None:
+    clean, trigger = _clean(), InputAware(SHAPE, width=4)
+    covered = covered_test_set(clean, trigger, setting=setting, target_label=3)
+    mask, truth = _truth(covered)
+    assert not mask.any()
+    assert torch.equal(truth, clean.labels)
+    expected = trigger.cover(clean.floats(), torch.arange(200), others=clean.floats().roll(1, 0))
+    assert torch.equal(covered.images, (expected * 255).round().to(torch.uint8))
+    assert torch.equal(covered.labels, triggered_test_set(clean, trigger, setting=setting, target_label=3).labels)
+
+
+def test_what_cannot_be_covered() -> None:
+    with pytest.raises(InputError, match="cover images of the blend trigger; accepted: triggers with cover_ratio"):
+        covered_test_set(_clean(), Blend(SHAPE))
+    with pytest.raises(InputError, match="test images to cover; got 1; accepted: 2 or more"):
+        covered_test_set(_clean().select([0]), WaNet(SHAPE))
 
 
 @pytest.mark.parametrize("setting", ["all_to_one", "all_to_all"])

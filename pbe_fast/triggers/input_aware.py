@@ -109,7 +109,10 @@ class InputAware(Trigger):
 
     def weights(self) -> dict[str, Tensor]:
         """Of both networks, by name, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._networks().state_dict().items()}
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in self._networks().state_dict().items()
+        }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take what `weights` gave."""
