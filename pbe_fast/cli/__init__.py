@@ -11,6 +11,7 @@ from pbe_fast.cli.evaluate import evaluate
 from pbe_fast.cli.export import export
 from pbe_fast.cli.purify import purify
 from pbe_fast.cli.rank import rank
+from pbe_fast.cli.reproduce import reproduce
 from pbe_fast.cli.scan import scan
 from pbe_fast.cli.shell import EXIT_CODES, Group
 from pbe_fast.cli.verify import verify
@@ -43,5 +44,5 @@ def main() -> None:
     """The group of all commands."""
 
 
-for _command in (attack, scan, purify, rank, evaluate, export, verify, demo):
+for _command in (attack, scan, purify, rank, evaluate, export, verify, demo, reproduce):
     main.add_command(_command)

@@ -17,8 +17,8 @@ EXIT_CHECK, EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPT = 1, 2, 3, 130
 EXIT_CODES = """\b
 Exit codes:
   0    fine
-  1    a check failed: the ONNX file does not compute what the model computes, or with --fail-on-backdoor a
-       backdoor was found
+  1    a check failed: the ONNX file does not compute what the model computes, with --fail-on-backdoor a
+       backdoor was found, or a cell of reproduce could not be made
   2    wrong usage or bad input: one line on stderr says what was got and what is accepted
   3    an error inside pbe-fast, with its traceback
   130  interrupted with Ctrl-C; every file under its final name is whole

@@ -103,7 +103,8 @@ MATRICES = {
     ),
 }
 SINGLE = Panel("cifar10", "blend", "all_to_one")
-SINGLE_TASKS = {3: "features", 5: "tsne", 6: "pbe_no_clean", 7: "pbe_no_clean"}
+# What each of them draws comes first.
+SINGLE_TASKS = {3: ("features",), 5: ("tsne",), 6: ("pbe_no_clean",), 7: ("pbe_no_clean", "before")}
 FIGURE_NUMBERS = tuple(sorted({*MATRICES, *SINGLE_TASKS}))
 
 
@@ -189,7 +190,7 @@ def _figure_cells(number: int, request: Request, scale: Scale, seed: int) -> lis
     if number in SINGLE_TASKS:
         attack = request.attacks[0] if request.attacks else SINGLE.attack
         panel = dataclasses.replace(SINGLE, attack=attack)
-        return [Cell(subject_of(panel, scale, seed), SINGLE_TASKS[number])]
+        return [Cell(subject_of(panel, scale, seed), task) for task in SINGLE_TASKS[number]]
     # One model for each target: more seeds of them would not fit in the picture.
     if seed != request.seeds[0]:
         return []
