@@ -1,11 +1,11 @@
-"""Races of two functions in one process: in turns, on inputs that left the cache, with medians and pairwise ratios."""
+"""Races of functions in one process: in turns, on inputs that left the cache, with medians and pairwise ratios."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,7 +26,7 @@ class Race:
     @property
     def ratio(self) -> float:
         """How many times faster ours is: the median over the rounds, so that a slow moment spoils one round alone."""
-        return statistics.median(p / o for o, p in zip(self.ours, self.peer, strict=True))
+        return ratio(self.ours, self.peer)
 
     def summary(self, *, bytes_moved: int, device: str = "cpu") -> dict[str, Any]:
         """Medians, interquartile ranges, the ratio, and how close ours comes to copying as many bytes.
@@ -39,9 +39,9 @@ class Race:
         ours = statistics.median(self.ours)
         return {
             "ours_ms": 1e3 * ours,
-            "ours_iqr_ms": 1e3 * _iqr(self.ours),
+            "ours_iqr_ms": 1e3 * iqr(self.ours),
             "peer_ms": 1e3 * statistics.median(self.peer),
-            "peer_iqr_ms": 1e3 * _iqr(self.peer),
+            "peer_iqr_ms": 1e3 * iqr(self.peer),
             "ratio": self.ratio,
             "rounds": len(self.ours),
             "copy_gb_per_s": ceiling / 1e9,
@@ -73,17 +73,39 @@ def race(
             loop over one operation; a call shorter than a millisecond needs it to stand out from the clock.
         device: "cpu", or "cuda" for times taken by the device's own clock.
     """
+    times = race_all(
+        {"ours": ours, "peer": peer}, inputs=inputs, rounds=rounds, warmup=warmup, calls=calls, device=device
+    )
+    return Race(times["ours"], times["peer"])
+
+
+def race_all(
+    runners: Mapping[str, Callable[..., object]],
+    *,
+    inputs: Iterable[tuple[Any, ...]] = ((),),
+    rounds: int = 5,
+    warmup: int = 1,
+    calls: int = 1,
+    device: str = "cpu",
+) -> dict[str, tuple[float, ...]]:
+    """`race` of any number: seconds per call by name, round by round. Each round starts with the next one."""
     clock = _seconds_on_gpu if device == "cuda" else _seconds
-    runners = (ours, peer)
-    times: tuple[list[float], list[float]] = ([], [])
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    names = list(runners)
     circle = itertools.cycle(list(inputs))
     for number in range(-warmup, rounds):
         arguments = next(circle)
-        for which in (0, 1) if number % 2 else (1, 0):
-            seconds = clock(runners[which], arguments, calls)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = clock(runners[name], arguments, calls)
             if number >= 0:
-                times[which].append(seconds)
-    return Race(tuple(times[0]), tuple(times[1]))
+                times[name].append(seconds)
+    return {name: tuple(values) for name, values in times.items()}
+
+
+def ratio(ours: tuple[float, ...], peer: tuple[float, ...]) -> float:
+    """The median over the rounds of the peer's seconds by ours."""
+    return statistics.median(p / o for o, p in zip(ours, peer, strict=True))
 
 
 @cache
@@ -124,6 +146,9 @@ def _flush_cache() -> torch.Tensor:
     return torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def _iqr(values: tuple[float, ...]) -> float:
+def iqr(values: tuple[float, ...]) -> float:
+    """Interquartile range; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
     low, _, high = statistics.quantiles(values, n=4)
     return high - low

@@ -1,0 +1,259 @@
+"""Algorithm 1 as one would write it down: eager float32, a DataLoader with torchvision's transforms, torchattacks' PGD.
+
+The recipe and every hyperparameter are `PurifyConfig`'s, and the images of the extra sets are chosen by pbe_fast's own
+functions, so that the outcome is of equal quality; all work of the model is done in the plain way. `purify_plainly` is
+what `bench/speed/test_purify.py` races `pbe_fast.purify` against.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from pbe_fast.attraction import attracting_labels
+from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.finetune import learning_rate_factor
+from pbe_fast.ranking import Ranking, rank_images
+from pbe_fast.torchvision_compat import import_torchvision
+
+transforms = import_torchvision().transforms
+
+WORKERS = 2
+# As pbe_fast.attraction has them.
+SAMPLE, HALVINGS, MOVED = 1000, 6, 0.25
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Images as PIL pictures that go through a transform one by one."""
+
+    def __init__(self, data: ImageSet, transform: Callable[[Any], Tensor]) -> None:
+        self._pixels = data.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = data.labels.tolist()
+        self._transform = transform
+        self._to_picture = transforms.ToPILImage()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._to_picture(self._pixels[index])), self._labels[index]
+
+
+def training_transform(side: int, augment: str) -> Callable[[Any], Tensor]:
+    """The augmentation of `pbe_fast.data.augment`, with torchvision's classes."""
+    steps: list[Any] = []
+    if augment != "none":
+        steps.append(transforms.RandomCrop(side, padding=max(1, side // 16)))
+    if augment == "crop+flip":
+        steps.append(transforms.RandomHorizontalFlip())
+    chain: Callable[[Any], Tensor] = transforms.Compose([*steps, transforms.ToTensor()])
+    return chain
+
+
+def training_loader(
+    data: ImageSet, config: FineTuneConfig, *, chosen: Tensor | None = None, **options: Any
+) -> DataLoader[Any]:
+    """Shuffled, augmented batches of ``data``, or of its images that are ``chosen``."""
+    pictures: Dataset[Any] = Pictures(data, training_transform(data.image_shape[1], config.augment))
+    if chosen is not None:
+        pictures = Subset(pictures, chosen.tolist())
+    size = min(config.batch_size, len(pictures))  # type: ignore[arg-type]
+    # A last batch of few images would upset batch normalisation.
+    return DataLoader(pictures, batch_size=size, shuffle=True, drop_last=True, num_workers=WORKERS, **options)
+
+
+def sgd(model: nn.Module, config: FineTuneConfig, **options: Any) -> torch.optim.SGD:
+    """The optimizer of steps 1b and 2."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        **options,
+    )
+
+
+def train_epoch(
+    model: nn.Module, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, device: torch.device
+) -> float:
+    """One epoch as training scripts have it; the mean loss."""
+    model.train()
+    total, seen = 0.0, 0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(images)
+        seen += len(images)
+    return total / seen
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, data: ImageSet, device: torch.device, *, batch_size: int = 256) -> Tensor:
+    """(N, K) logits of the images as they are, on the CPU."""
+    model.eval()
+    loader = DataLoader(Pictures(data, transforms.ToTensor()), batch_size=batch_size, num_workers=WORKERS)
+    return torch.cat([model(images.to(device)).cpu() for images, _ in loader])
+
+
+@dataclass(frozen=True, eq=False)
+class PlainResult:
+    """The purified model in eval mode, and the last ranking of the training set."""
+
+    model: nn.Module
+    ranking: Ranking | None
+
+
+def purify_plainly(
+    model: nn.Module,
+    train: ImageSet | None = None,
+    *,
+    clean: ImageSet | None = None,
+    config: PurifyConfig,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PlainResult:
+    """Algorithm 1, with a clean set or without; arguments as for `pbe_fast.purify`, ``augment`` other than "auto"."""
+    torch.manual_seed(seed)
+    where = torch.device(device)
+    infected = copy.deepcopy(model).to(where).eval().requires_grad_(False)
+    purified = copy.deepcopy(infected).requires_grad_(True)
+    if clean is not None:
+        fine_tune(purified, clean, None, config, teacher=infected, device=where)
+        ranking = None
+        if train is not None:
+            ranking = rank_images(logits_of(infected, train, where), logits_of(purified, train, where))
+        return PlainResult(purified.eval(), ranking)
+
+    assert train is not None
+    train = train.to("cpu")
+    generator = torch.Generator().manual_seed(seed)
+    attracting = torch.zeros(train.num_classes, dtype=torch.bool)
+    if config.initial == "hard":
+        attracting = attracting_labels(attack_shares_plainly(infected, train, config.pgd, generator, where))
+    chosen = initial_extra_set(logits_of(infected, train, where), train.labels, attracting, config, generator)
+    for t in range(len(config.fractions)):
+        teacher = infected if t == 0 and attracting.any() else None
+        fine_tune(purified, train, chosen, config, teacher=teacher, device=where)
+        # Lines 6 and 7 ask both models, in every round.
+        infected_logits, purified_logits = logits_of(infected, train, where), logits_of(purified, train, where)
+        ranking = rank_images(infected_logits, purified_logits)
+        if t + 1 < len(config.fractions):
+            agrees = purified_logits.argmax(1) == train.labels
+            chosen = next_extra_set(ranking, train.labels, attracting, config.fractions[t + 1], agrees=agrees)
+    return PlainResult(purified.eval(), ranking)
+
+
+def fine_tune(
+    model: nn.Module,
+    data: ImageSet,
+    chosen: Tensor | None,
+    config: PurifyConfig,
+    *,
+    teacher: nn.Module | None,
+    device: torch.device,
+) -> None:
+    """Steps 1 and 2 of a round."""
+    import torchattacks
+
+    tuning, pgd = config.finetune, config.pgd
+    size = len(data) if chosen is None else len(chosen)
+    per_epoch = math.ceil(size / tuning.batch_size)
+    clean_steps = max(config.clean_steps, config.clean_epochs * per_epoch)
+    total = config.adversarial_steps + clean_steps
+    optimizer = sgd(model, tuning)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total, tuning.warmup)
+    )
+    attack = torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+    batches = endless(training_loader(data, tuning, chosen=chosen))
+    for step in range(total):
+        images, labels = (tensor.to(device) for tensor in next(batches))
+        model.train()
+        if step < config.adversarial_steps:
+            adversarial = attack(images, labels)
+            if tuning.mix_clean:
+                on_adversarial, logits = model(torch.cat([adversarial, images])).chunk(2)
+                loss = (F.cross_entropy(on_adversarial, labels) + F.cross_entropy(logits, labels)) / 2
+                loss = loss + distillation(logits, images, teacher, tuning)
+            else:
+                loss = F.cross_entropy(model(adversarial), labels)
+        else:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels) + distillation(logits, images, teacher, tuning)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
+    """Pass after pass."""
+    while True:
+        yield from loader
+
+
+def distillation(logits: Tensor, images: Tensor, teacher: nn.Module | None, config: FineTuneConfig) -> Tensor:
+    """weight * T^2 * KL(teacher || model) at temperature T."""
+    if teacher is None or config.distill_weight == 0:
+        return logits.new_zeros(())
+    with torch.no_grad():
+        taught = teacher(images)
+    t = config.distill_temperature
+    kl = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(taught / t, 1), reduction="batchmean")
+    return config.distill_weight * t * t * kl
+
+
+def attack_shares_plainly(
+    model: nn.Module, data: ImageSet, pgd: PGDConfig, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """`pbe_fast.attraction.attack_shares`, with torchattacks and a model that runs in eager float32."""
+    sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * SAMPLE])
+    right = logits_of(model, sample, device).argmax(1) == sample.labels
+    if not right.any():
+        return torch.zeros(2, data.num_classes, dtype=torch.float64)
+    sample = sample.select(right.nonzero()[:SAMPLE, 0])
+    full = reached_plainly(model, sample, pgd, device)
+    for halvings in range(HALVINGS, 0, -1):
+        smaller = dataclasses.replace(pgd, eps=pgd.eps / 2**halvings, alpha=pgd.step_size / 2**halvings)
+        least = reached_plainly(model, sample, smaller, device)
+        if len(sample) - least.diagonal().sum() >= MOVED * len(sample):
+            break
+    return torch.stack([even_shares(least), even_shares(full)])
+
+
+def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: torch.device) -> Tensor:
+    """(K, K) counts: the label of an image, and the one that it is led to."""
+    import torchattacks
+
+    attack = torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+    counts = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
+    loader = DataLoader(Pictures(data, transforms.ToTensor()), batch_size=250, num_workers=WORKERS)
+    for images, labels in loader:
+        adversarial = attack(images.to(device), labels.to(device))
+        with torch.no_grad():
+            reached = model((adversarial * 255).round() / 255).argmax(1).cpu()
+        counts.index_put_((labels, reached), torch.ones_like(labels), accumulate=True)
+    return counts
+
+
+def even_shares(counts: Tensor) -> Tensor:
+    """The labels' shares of the misled images, every label's images together counting as one."""
+    misled = (counts - torch.diag(counts.diagonal())).double()
+    by_label = misled / misled.sum(1, keepdim=True).clamp_min(1)
+    return by_label.sum(0) / by_label.sum().clamp_min(1)
