@@ -13,7 +13,6 @@ from typing import Any
 
 from pbe_fast.errors import InputError
 
-
 AUGMENT_CHOICES = ("none", "crop", "crop+flip", "auto")
 
 
@@ -77,7 +76,7 @@ class FineTuneConfig:
     )
     mix_clean: bool = option(True, "put the unperturbed images beside the adversarial ones in every batch")
     distill_weight: float = option(
-        2.0, "weight of keeping the infected model's logits on trusted clean images; 0 is the paper"
+        1.0, "weight of keeping the infected model's logits on trusted clean images; 0 is the paper"
     )
     distill_temperature: float = option(2.0, "temperature of that term")
 
@@ -102,6 +101,10 @@ class PurifyConfig:
 
     pgd: PGDConfig = option(PGDConfig(), "step 1a")
     finetune: FineTuneConfig = option(FineTuneConfig(augment="auto"), "steps 1b and 2")
+    eps_factors: tuple[float, ...] = option(
+        (1.0, 1 / 3, 1 / 8),
+        "factors on eps that the updates of step 1b go through in turn: the way to a faint trigger is a short one",
+    )
     adversarial_steps: int = option(100, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
@@ -118,6 +121,12 @@ class PurifyConfig:
     def __post_init__(self) -> None:
         for name in ("adversarial_steps", "clean_steps", "clean_epochs"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(
+            len(self.eps_factors) >= 1 and all(0 < f < math.inf for f in self.eps_factors),
+            "eps_factors",
+            self.eps_factors,
+            "each above 0, at least one",
+        )
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
         _check(self.initial in ("hard", "random"), "initial", self.initial, "hard, random")
@@ -125,8 +134,15 @@ class PurifyConfig:
 
     @classmethod
     def paper(cls) -> PurifyConfig:
-        """Algorithm 1 to the letter: no distillation, no clean images in step 1b, a random first extra set."""
-        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), initial="random")
+        """Algorithm 1 to the letter: one eps, no distillation, no clean images in step 1b, a random first extra set."""
+        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), eps_factors=(1.0,), initial="random")
+
+    @property
+    def attacks(self) -> tuple[PGDConfig, ...]:
+        """Step 1a, once for each of ``eps_factors``."""
+        return tuple(
+            dataclasses.replace(self.pgd, eps=self.pgd.eps * f, alpha=self.pgd.step_size * f) for f in self.eps_factors
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,7 @@ class FineTuner:
             nesterov=config.nesterov,
             fused=True,
         )
-        self._pgd: PGD | None = None
+        self._attackers: dict[tuple[PGDConfig, tuple[int, int, int]], PGD] = {}
         self._recorded: dict[tuple[int, bool, nn.Module | None], _Step] = {}
         self._recorded_for: tuple[ImageSet, bool] | None = None
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -116,7 +116,7 @@ class FineTuner:
         data: ImageSet,
         *,
         steps: int,
-        attack: PGDConfig | None = None,
+        attack: PGDConfig | Sequence[PGDConfig] | None = None,
         among: Tensor | None = None,
         streamed: bool = False,
         desc: str = "fine-tuning",
@@ -128,7 +128,7 @@ class FineTuner:
         Args:
             data: On the device of the model, or on the CPU: then its batches are sent there one by one.
             steps: Number of updates.
-            attack: Step 1a, or None for step 2.
+            attack: Step 1a, or several that the updates go through in turn; None for step 2.
             among: int64 indices of the images to use, each once in a pass; all, if not given.
             streamed: Read batches ahead also where data and model share a device, as for a memory map.
             desc: Text of the progress bar.
@@ -141,6 +141,7 @@ class FineTuner:
         """
         if steps == 0:
             return math.nan
+        attacks = (attack,) if isinstance(attack, PGDConfig) else tuple(attack or ())
         streamed = streamed or data.device != self._device
         if self._teacher is not None and not isinstance(self._teacher, FrozenCopy):
             self._teacher = FrozenCopy(self._teacher, dtype=self._dtype, image_shape=data.image_shape)
@@ -158,23 +159,25 @@ class FineTuner:
         self._loss_sum.zero_()
         seen = 0
         # Other random starts in every update, also where a pass brings the same image again.
-        first_seed = int(torch.randint(2**62, (), generator=self._generator)) if attack and attack.random_start else 0
+        randomly = any(attack.random_start for attack in attacks)
+        first_seed = int(torch.randint(2**62, (), generator=self._generator)) if randomly else 0
         seeds = itertools.count(first_seed)
-        for rate, batch in zip(self._rates(steps), shown, strict=True):
+        turns: Iterator[PGDConfig | None] = itertools.cycle(attacks or (None,))
+        for rate, batch, turn in zip(self._rates(steps), shown, itertools.islice(turns, steps), strict=True):
             size = len(batch.ids)
-            step = self._step_for(data, size, attack, resident=not streamed)
+            step = self._step_for(data, size, attacked=turn is not None, resident=not streamed)
             step.buffers.load(batch)
             self._rate.copy_(rate)
             step.prepare()
-            if attack is not None:
-                attacker = self._attacker_for(attack, data, steps)
+            if turn is not None:
+                attacker = self._attacker_for(turn, data, steps // len(attacks))
                 ids = batch.ids.to(self._device, non_blocking=True)
                 step.buffers.adversarial.copy_(
                     attacker(step.buffers.images, step.buffers.labels, ids, seed=next(seeds))
                 )
             step.update()
             seen += size
-            profile.record(images=size, forwards=size * self._forwards(attack))
+            profile.record(images=size, forwards=size * self._forwards(turn))
         self._step += steps
         self._optimizer.zero_grad(set_to_none=True)
         mean = float(self._loss_sum) / seen
@@ -191,13 +194,13 @@ class FineTuner:
         ]
         return torch.tensor([self._config.lr * factor for factor in factors]).to(self._device)
 
-    def _step_for(self, data: ImageSet, size: int, attack: PGDConfig | None, *, resident: bool) -> _Step:
+    def _step_for(self, data: ImageSet, size: int, *, attacked: bool, resident: bool) -> _Step:
         """The step for batches of this size, which a GPU records once: its buffers and its functions over them."""
         if (data, resident) != self._recorded_for:
             # What was recorded reads the other set's memory.
             self._recorded.clear()
             self._recorded_for = (data, resident)
-        key = (size, attack is not None, self._teacher)
+        key = (size, attacked, self._teacher)
         if key not in self._recorded:
             buffers = Buffers(data, size, self._device, resident=resident)
             # No cycle: what the tuner holds goes with it, not when the garbage collector comes by.
@@ -207,21 +210,21 @@ class FineTuner:
                 buffers.fill(own._config.augment != "none")
 
             def update() -> None:
-                if attack is None:
-                    loss = own._clean_loss(buffers.images, buffers.labels)
-                else:
+                if attacked:
                     loss = own._adversarial_loss(buffers.adversarial, buffers.images, buffers.labels)
+                else:
+                    loss = own._clean_loss(buffers.images, buffers.labels)
                 own._update(loss, size)
 
             def whole() -> None:
                 prepare()
                 update()
 
-            if attack is None:
-                step = _Step(buffers, lambda: None, self._replay(whole))
-            else:
+            if attacked:
                 # The attack between them is recorded, or not, by itself.
                 step = _Step(buffers, self._replay(prepare), self._replay(update))
+            else:
+                step = _Step(buffers, lambda: None, self._replay(whole))
             self._recorded[key] = step
         return self._recorded[key]
 
@@ -242,9 +245,10 @@ class FineTuner:
 
     def _attacker_for(self, attack: PGDConfig, data: ImageSet, steps: int) -> PGD:
         """Step 1a against the current weights; what it holds, and records for a GPU, lasts for all rounds."""
-        if self._pgd is None or self._pgd.config != attack or self._pgd.image_shape != data.image_shape:
+        key = (attack, data.image_shape)
+        if key not in self._attackers:
             size = self._config.batch_size
-            self._pgd = PGD(
+            self._attackers[key] = PGD(
                 self._model,
                 attack,
                 image_shape=data.image_shape,
@@ -252,8 +256,8 @@ class FineTuner:
                 dtype=self._dtype,
                 planned=steps * size,
             )
-        self._pgd.refresh(self._model)
-        return self._pgd
+        self._attackers[key].refresh(self._model)
+        return self._attackers[key]
 
     def _adversarial_loss(self, adversarial: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         if not self._config.mix_clean:

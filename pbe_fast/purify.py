@@ -207,7 +207,7 @@ class _Run:
                 data,
                 among=chosen,
                 steps=config.adversarial_steps,
-                attack=config.pgd,
+                attack=config.attacks,
                 streamed=streamed,
                 desc=f"round {round_index}: adversarial",
             )

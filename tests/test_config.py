@@ -36,6 +36,8 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"adversarial_steps": -1}),
     (PurifyConfig, {"clean_steps": -1}),
     (PurifyConfig, {"clean_epochs": -1}),
+    (PurifyConfig, {"eps_factors": ()}),
+    (PurifyConfig, {"eps_factors": (1.0, 0.0)}),
     (PurifyConfig, {"fractions": ()}),
     (PurifyConfig, {"fractions": (0.1, 0.0)}),
     (PurifyConfig, {"fractions": (0.1, 1.1)}),
@@ -97,3 +99,9 @@ def test_the_paper_s_own_options() -> None:
     assert not paper.finetune.mix_clean
     assert paper.finetune.distill_weight == 0
     assert paper.initial == "random"
+
+
+def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> None:
+    config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25))
+    assert [(a.eps, a.step_size) for a in config.attacks] == [(0.08, 0.01), (0.02, 0.0025)]
+    assert [a.eps for a in PurifyConfig.paper().attacks] == [PGDConfig().eps]

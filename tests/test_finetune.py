@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,28 @@ def test_the_adversarial_loss_is_on_images_attacked_in_eval_mode(data: ImageSet,
         expected = _fresh_loss(model, adversarial, labels)
     got = tuner(model, plain(mix_clean=mix), 1).run(data, steps=1, attack=ATTACK)
     assert got == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_several_attacks_take_turns(data: ImageSet) -> None:
+    one = data.select(torch.arange(8))
+    attacks = tuple(PGDConfig(eps=eps, steps=1) for eps in (0.3, 0.1, 0.02))
+    seen: list[PGDConfig] = []
+    whole = tuner(network(), plain(lr=1e-9, mix_clean=False), 4)
+    attacker_for = whole._attacker_for
+
+    def watched(attack: PGDConfig, *args: Any) -> Any:
+        seen.append(attack)
+        return attacker_for(attack, *args)
+
+    whole._attacker_for = watched  # type: ignore[method-assign]
+    mean = whole.run(one, steps=4, attack=attacks)
+    assert seen == [*attacks, attacks[0]]
+    # The weights hardly move, so that each update has the loss of a model that is attacked alone.
+    alone = [
+        tuner(network(), plain(lr=1e-9, mix_clean=False), 1).run(one, steps=1, attack=attack) for attack in attacks
+    ]
+    assert alone[0] > alone[1] > alone[2]
+    assert mean == pytest.approx((2 * alone[0] + alone[1] + alone[2]) / 4, rel=1e-2)
 
 
 @pytest.mark.parametrize("mix", [False, True])
