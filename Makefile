@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types kernels-report sanitize bench bench-gpu clean
+.PHONY: help demo test lint format types kernels-report sanitize bench bench-gpu bench-compare bench-report clean
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -10,12 +10,12 @@ CONSTRAINTS ?= constraints.txt
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h')
 # Several test processes with one thread each beat one process with several threads.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-RESULTS := bench/results
-TODAY := $(shell date +%F)
+RESULTS := bench/results/speed
 # The address of PyTorch's wheels for this machine, as its install page gives it; empty: where pip looks anyway.
 TORCH_INDEX ?=
 
@@ -64,11 +64,23 @@ sanitize: $(READY) ## run the native code under AddressSanitizer and UBSan
 	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS)
 	build/sanitize/native_test
 
-bench: $(READY) ## race the kernels against their peers on this CPU
-	$(BIN)/pytest bench/speed -m "not gpu" --benchmark-json=$(RESULTS)/kernels-cpu-$(TODAY).json
+$(PEERS): $(READY)
+	@echo "== What the benchmarks race against: torchattacks, Foolbox, ART"
+	$(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[bench]'
+	@touch $@
 
-bench-gpu: $(READY) ## the same on this machine's GPU
-	$(BIN)/pytest bench/speed -m gpu --benchmark-json=$(RESULTS)/kernels-gpu-$(TODAY).json
+# The real images of test_purify.py lie in the folder that PBE_FAST_DATA names; without it those cases are skipped.
+bench: $(PEERS) ## race everything against its peers on this CPU; under 15 minutes on two cores
+	$(BIN)/pytest bench/speed -s -m "not gpu" --show-capture no --timeout 0 --record $(RESULTS)
+
+bench-gpu: $(PEERS) ## the same on this machine's GPU; under 9 minutes
+	$(BIN)/pytest bench/speed -s -m gpu --show-capture no --timeout 0 --record $(RESULTS)
+
+bench-compare: $(READY) ## compare a few ratios with the last recorded ones of the same kind of machine
+	$(BIN)/python bench/compare.py
+
+bench-report: $(READY) ## write docs/benchmarks.md and its figures from the recorded results
+	$(BIN)/python bench/report.py
 
 clean: ## remove builds, caches and the environment
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

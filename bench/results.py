@@ -16,16 +16,18 @@ FOLDER = Path(__file__).parent / "results" / "speed"
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
-def kind_of(machine: dict[str, Any]) -> str:
-    """Machines of one kind are compared: the GPU, or the processor's name, its vector instructions, the threads used.
+def kind_of(machine: dict[str, Any], *, gpu: bool = False) -> str:
+    """Machines of one kind are compared: by the processor's name, its vector instructions and the threads in use.
 
     Args:
         machine: As `pbe_fast.engine.machine.describe` has it.
+        gpu: By the GPU's name instead.
     """
-    if machine["gpu"]:
+    if gpu:
         return str(machine["gpu"])
     flags = "+".join(flag for flag in _FLAGS if flag in _cpu_flags())
-    return f"{machine['processor']}, {flags or platform.machine()}, {machine['torch_threads']} threads"
+    threads = machine["torch_threads"]
+    return f"{machine['processor']}, {flags or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def write_results(
@@ -40,7 +42,7 @@ def write_results(
         seed: Of the run.
         scale: See bench/speed/cases.py. Other scales than "normal" have files of their own.
     """
-    kind = kind_of(described["machine"])
+    kind = kind_of(described["machine"], gpu=any(case.get("device", "cpu") != "cpu" for case in cases))
     slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     suffix = "" if scale == "normal" else f"-{scale}"
     folder.mkdir(parents=True, exist_ok=True)

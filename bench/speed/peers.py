@@ -69,7 +69,7 @@ def with_foolbox(model: nn.Module) -> Attack:
     """foolbox.attacks.LinfPGD."""
     import foolbox
 
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=next(model.parameters()).device)
     pgd = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=STEPS, random_start=False)
 
     def attack(images: Tensor, labels: Tensor) -> Tensor:

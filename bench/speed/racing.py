@@ -150,5 +150,5 @@ def iqr(values: tuple[float, ...]) -> float:
     """Interquartile range; 0 of a single value."""
     if len(values) < 2:
         return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return high - low
