@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import SCALE
 from pytest_benchmark.fixture import BenchmarkFixture
 from racing import race, seconds_to_compile
 from torch import Tensor
@@ -44,8 +45,9 @@ def run_case(
     benchmark.extra_info.update(summary, promised_ratio=ratio, promised_share=share, calls=calls, **notes)
     # pytest-benchmark's own columns; on a GPU they are times of the launch, and extra_info has the device's.
     benchmark.pedantic(ours, args=inputs[0], rounds=5)
-    assert summary["ratio"] >= ratio
-    assert summary["share_of_copy"] >= share
+    if SCALE != "tiny":
+        assert summary["ratio"] >= ratio
+        assert summary["share_of_copy"] >= share
 
 
 def logit_pairs(
