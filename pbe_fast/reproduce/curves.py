@@ -22,7 +22,9 @@ def draw_rankings(path: Path, progress: Sequence[Mapping[str, Any]], note: str) 
         note: A line under them.
     """
     with sheet(path, 10.6, 5.0) as figure:
-        for left, positives, share in ((0.065, "poisoned", 0.1), (0.565, "clean", 0.9)):
+        for left, positives in ((0.065, "poisoned"), (0.565, "clean")):
+            poisoned = float(progress[0]["poisoned_share"])
+            share = poisoned if positives == "poisoned" else 1 - poisoned
             axes = figure.add_axes((left, 0.175, 0.415, 0.66))
             for i, entry in enumerate(progress):
                 curve = entry[f"precision_of_{positives}"]
@@ -32,14 +34,16 @@ def draw_rankings(path: Path, progress: Sequence[Mapping[str, Any]], note: str) 
                 recall = np.linspace(0, 1, len(curve))
                 axes.plot(recall, curve, color=colour, linewidth=1.8, label=f"round {entry['round'] + 1}: AP {ap}")
             axes.axhline(share, color=LINE, linewidth=1, zorder=0)
-            axes.text(0.012, share, "chance", fontsize=8.5, color=SOFT, va="bottom")
+            axes.text(0.012, share - 0.015, "chance", fontsize=8.5, color=SOFT, va="top")
             axes.set(xlim=(0, 1), ylim=(0, 1.02))
             plain_axes(axes)
             axes.set_xlabel("recall", fontsize=9.5, color=SOFT)
             axes.set_ylabel("precision", fontsize=9.5, color=SOFT)
             where = "from the end" if positives == "poisoned" else "from the top"
             title(axes, f"Finding {positives} images", f"the ranking read {where}")
-            axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="lower left" if share > 0.5 else "best")
+            # Over the curves where there is no room beside them.
+            box: dict[str, Any] = {"fontsize": 9, "framealpha": 0.9, "edgecolor": "white", "labelcolor": INK}
+            axes.legend(loc="best" if positives == "poisoned" else "lower left", **box)
         figure.text(0.02, 0.015, note, fontsize=8.5, color=SOFT, va="bottom")
 
 
@@ -58,6 +62,7 @@ def draw_rounds(
     known = [metrics for metrics in before if metrics is not None]
     with sheet(path, 7.6, 4.9) as figure:
         axes = figure.add_axes((0.09, 0.17, 0.79, 0.69))
+        means: dict[str, list[float]] = {}
         for metric, colour, name in (("acc", GOOD, "ACC"), ("asr", BAD, "ASR")):
             lines = np.array([[100 * run["progress"][t - 1][metric] for t in rounds] for run in runs])
             places = list(rounds)
@@ -69,11 +74,12 @@ def draw_rounds(
                     axes.plot(places, line, color=colour, linewidth=0.8, alpha=0.4)
             mean = lines.mean(0)
             axes.plot(places, mean, color=colour, linewidth=2, marker="o", markersize=5)
-            _label_points(axes, places, mean.tolist(), colour)
+            means[colour] = mean.tolist()
             axes.annotate(
                 name, (places[-1], mean[-1]), (9, 0), "data", "offset points", color=colour, fontsize=11, va="center",
                 fontweight="bold",
             )  # fmt: skip
+        _label_points(axes, places, means)
         axes.set_xticks(places, ["infected" if t == 0 else f"round {t}" for t in places])
         axes.set(ylim=(-4, 112), xlim=(places[0] - 0.15, places[-1] + 0.15))
         plain_axes(axes)
@@ -84,6 +90,13 @@ def draw_rounds(
         figure.text(0.02, 0.015, note, fontsize=8.5, color=SOFT, va="bottom")
 
 
-def _label_points(axes: Axes, places: Sequence[int], values: Sequence[float], colour: str) -> None:
-    for x, y in zip(places, values, strict=True):
-        axes.annotate(f"{y:.1f}", (x, y), (0, 7), "data", "offset points", fontsize=8.5, color=colour, ha="center")
+def _label_points(axes: Axes, places: Sequence[int], lines: Mapping[str, Sequence[float]]) -> None:
+    """The values, each on the side of its point where the other line is not."""
+    for colour, values in lines.items():
+        for i, (x, y) in enumerate(zip(places, values, strict=True)):
+            below = any(0 < other[i] - y < 15 for other in lines.values())
+            side = (-8, "top") if below else (7, "bottom")
+            axes.annotate(
+                f"{y:.1f}", (x, y), (0, side[0]), "data", "offset points", fontsize=8.5, color=colour, ha="center",
+                va=side[1],
+            )  # fmt: skip

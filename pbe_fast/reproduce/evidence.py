@@ -50,16 +50,25 @@ def measure_reached(prepared: Prepared, workshop: Workshop, *, seed: int) -> dic
 class _Quartet:
     """x, benign model's adversarial x~, infected model's x~', triggered x^t, and the infected model that sees them.
 
-    In all-to-one attacks only of images of other labels than the target's: a trigger changes nothing in the others.
+    Of images whose label is the target there are none unless ``with_target``: a trigger need not change anything there.
     """
 
-    def __init__(self, benign: nn.Module, prepared: Prepared, workshop: Workshop, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        benign: nn.Module,
+        prepared: Prepared,
+        workshop: Workshop,
+        count: int,
+        seed: int,
+        *,
+        with_target: bool = False,
+    ) -> None:
         assert prepared.triggered is not None and prepared.triggered.true_labels is not None
         device = resolve_device(workshop.device)
         self.dtype = resolve_precision(device, workshop.precision)
         self.model = frozen_copy(prepared.model, device)
         test, triggered = prepared.test, prepared.triggered
-        candidates = (triggered.labels != prepared.triggered.true_labels).nonzero()[:, 0]
+        candidates = ((triggered.labels != prepared.triggered.true_labels) | with_target).nonzero()[:, 0]
         chosen = candidates[_sample(len(candidates), count, seed)]
         self.labels = test.labels[chosen].to(device)
         self.targets = triggered.labels[chosen].to(device)
@@ -110,19 +119,21 @@ def measure_tsne(benign: nn.Module, prepared: Prepared, workshop: Workshop, *, s
     """Fig. 5: the infected model's features of clean, adversarial and triggered images in two dimensions."""
     from sklearn.manifold import TSNE  # takes a second to import
 
-    quartet = _Quartet(benign, prepared, workshop, _POINTS, seed)
-    kinds = {"clean": len(quartet.labels), "infected": len(quartet.labels), "triggered": _TRIGGERED}
-    parts = {kind: quartet.features(kind)[:count].cpu() for kind, count in kinds.items()}
+    quartet = _Quartet(benign, prepared, workshop, min(_POINTS, workshop.scale.attacked), seed, with_target=True)
+    everything = torch.arange(len(quartet.labels), device=quartet.labels.device)
+    moved = (quartet.labels != quartet.targets).nonzero()[:_TRIGGERED, 0]
+    kinds = {"clean": everything, "infected": everything, "triggered": moved}
+    parts = {kind: quartet.features(kind)[chosen].cpu() for kind, chosen in kinds.items()}
     rows = torch.cat(list(parts.values())).numpy()
     placed = TSNE(
         perplexity=min(30.0, (len(rows) - 1) / 3), init="pca", random_state=seed, learning_rate="auto"
     ).fit_transform(rows)
     points, start = [], 0
-    for kind, part in parts.items():
-        for i in range(len(part)):
+    for kind, chosen in kinds.items():
+        for i, label in enumerate(quartet.labels[chosen].tolist()):
             x, y = placed[start + i].tolist()
-            points.append([kind, int(quartet.labels[i]), round(x, 3), round(y, 3)])
-        start += len(part)
+            points.append([kind, label, round(x, 3), round(y, 3)])
+        start += len(chosen)
     return {"metrics": {"images": len(quartet.labels)}, "points": points}
 
 

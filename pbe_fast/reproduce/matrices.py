@@ -17,6 +17,7 @@ from pbe_fast.reproduce.canvas import SHADES, sheet, title
 Floats = npt.NDArray[np.float64]
 # Up to so many labels, every cell has its number and every label its tick.
 _NUMBERED = 12
+_PANEL = 4.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,20 +96,20 @@ def draw_matrices(path: Path, matrices: Sequence[Matrix], note: str) -> None:
     """
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
-    with sheet(path, 4.6 * columns + 0.3, 4.85 * rows + 0.45) as figure:
-        figure.set_layout_engine("constrained", rect=(0.01, 0.05 / rows, 0.98, 1 - 0.05 / rows))
-        grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axes, matrix in zip(grid, matrices, strict=False):
-            _draw(axes, matrix)
-        for axes in grid[len(matrices) :]:
-            axes.set_axis_off()
-        figure.text(0.012, 0.012, note, fontsize=8.5, color=SOFT, va="bottom")
+    width, height = _PANEL * columns + 0.15, _PANEL * rows + 0.3
+    with sheet(path, width, height) as figure:
+        for i, matrix in enumerate(matrices):
+            left = _PANEL * (i % columns) + 0.65
+            bottom = height - _PANEL * (i // columns + 1) + 0.55
+            side = _PANEL - 1.15
+            _draw(figure.add_axes((left / width, bottom / height, side / width, side / height)), matrix)
+        figure.text(0.15 / width, 0.1 / height, note, fontsize=8.5, color=SOFT, va="bottom")
 
 
 def _draw(axes: Axes, matrix: Matrix) -> None:
     percent = np.ma.masked_invalid(100 * matrix.shares)
     k = len(percent)
-    axes.imshow(percent, cmap=SHADES, vmin=0, vmax=100, interpolation="nearest")
+    axes.imshow(percent, cmap=SHADES, vmin=0, vmax=100, interpolation="nearest", aspect="auto")
     if k <= _NUMBERED:
         for y, x in zip(*np.nonzero(~np.ma.getmaskarray(percent)), strict=True):
             value = float(percent[y, x])

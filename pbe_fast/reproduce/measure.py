@@ -88,6 +88,7 @@ def _run_pbe(prepared: Prepared, workshop: Workshop, *, with_clean: bool, seed: 
         entry: dict[str, Any] = {"round": t, **_metrics(model, prepared, workshop)}
         if ranking is not None and prepared.train.poison_mask is not None:
             poisoned = prepared.train.poison_mask.to(ranking.order.device)
+            entry["poisoned_share"] = float(poisoned.double().mean())
             entry["ap_of_poisoned"] = ranking.ap_of_poisoned(poisoned)
             entry["ap_of_clean"] = ranking.ap_of_clean(poisoned)
             entry["precision_of_poisoned"] = precision_by_recall(ranking.order.flip(0), poisoned)

@@ -163,7 +163,7 @@ def _table(number: int, request: Request, scale: Scale, store: Store) -> Reprodu
     notes += _der_notes(number, [panel.attack for panel in panels], defenses, ours)
     return ReproducedTable(
         number,
-        f"ACC and ASR in %: {TABLES[number].title}",
+        f"ACC and ASR in %: {TABLES[number].title}{_in_place(scale)}",
         {panel.attack: ATTACK_NAMES[panel.attack] for panel in panels},
         columns,
         ours,
@@ -195,9 +195,12 @@ def _feature_table(request: Request, scale: Scale, store: Store) -> ReproducedTa
         "The text of the paper that this was transcribed from does not have BadNets' figures.",
     ]
     columns = {panel.attack: ATTACK_NAMES[panel.attack] for panel in panels}
-    return ReproducedTable(
-        FEATURE_TABLE, "Feature distances, CIFAR-10, all-to-one", rows, columns, ours, paper, len(request.seeds), notes
-    )
+    title = f"Feature distances: {TABLES[1].title}{_in_place(scale)}"
+    return ReproducedTable(FEATURE_TABLE, title, rows, columns, ours, paper, len(request.seeds), notes)
+
+
+def _in_place(scale: Scale) -> str:
+    return f" ({scale.stand_in} in its place)" if scale.stand_in else ""
 
 
 def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], wanted: int, request: Request) -> list[str]:
@@ -232,7 +235,7 @@ def _der_notes(
     number: int, attacks: Sequence[str], defenses: Sequence[str], ours: Mapping[tuple[str, str], Summary]
 ) -> list[str]:
     """The mean defence effectiveness rating of each column, over the attacks of which it can be told."""
-    if "before" not in defenses:
+    if "before" not in defenses or len(defenses) < 2 or not attacks:
         return []
     parts = []
     for defense in defenses[1:]:

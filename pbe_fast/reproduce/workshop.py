@@ -30,9 +30,10 @@ from pbe_fast.reproduce.cells import BENIGN, Subject
 from pbe_fast.reproduce.scales import SOURCES, Plan, Scale
 from pbe_fast.reproduce.store import Store
 from pbe_fast.result import plain, sha256_of_file
+from pbe_fast.runs.triggers import TRIGGER_NAME
 from pbe_fast.triggers import TRIGGERS, Trigger, make_trigger
 
-_POISONED, _TRIGGER, _RECORD = "poisoned.safetensors", "trigger.safetensors", "infection.json"
+_POISONED, _RECORD = "poisoned.safetensors", "infection.json"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -177,9 +178,7 @@ class Workshop:
         if made is not None:
             with atomic_write(folder / _POISONED) as temporary:
                 save_file(changes(clean_train, made.train_data), temporary)
-            if weights := made.trigger.weights():
-                with atomic_write(folder / _TRIGGER) as temporary:
-                    save_file({k: v.contiguous() for k, v in weights.items()}, temporary)
+            runs.save_trigger_weights(made.trigger, folder)
             record |= {"config": to_dict(made.config), "trigger": made.trigger.spec()}
         record["weights"] = self._digest(subject)
         # Last: with it the model is there.
@@ -202,10 +201,9 @@ class Workshop:
         return Prepared(model=model, train=train, clean=clean, test=test, triggered=triggered, record=record)
 
     def _trigger(self, folder: Path, record: Mapping[str, Any]) -> Trigger:
-        spec = dict(record["trigger"])
-        trigger = make_trigger(spec.pop("name"), tuple(spec.pop("image_shape")), **spec)
-        if (folder / _TRIGGER).is_file():
-            trigger.load_weights(load_file(folder / _TRIGGER))
+        trigger = make_trigger(**record["trigger"])
+        if trigger.weights():
+            trigger.load_weights(read_weights(folder / TRIGGER_NAME))
         return trigger
 
 
