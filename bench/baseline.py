@@ -170,7 +170,7 @@ def fine_tune(
     """Steps 1 and 2 of a round."""
     import torchattacks
 
-    tuning, pgd = config.finetune, config.pgd
+    tuning = config.finetune
     size = len(data) if chosen is None else len(chosen)
     per_epoch = math.ceil(size / tuning.batch_size)
     clean_steps = max(config.clean_steps, config.clean_epochs * per_epoch)
@@ -179,13 +179,16 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total, tuning.warmup)
     )
-    attack = torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+    attacks = [
+        torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+        for pgd in config.attacks
+    ]
     batches = endless(training_loader(data, tuning, chosen=chosen))
     for step in range(total):
         images, labels = (tensor.to(device) for tensor in next(batches))
         model.train()
         if step < config.adversarial_steps:
-            adversarial = attack(images, labels)
+            adversarial = attacks[step % len(attacks)](images, labels)
             if tuning.mix_clean:
                 on_adversarial, logits = model(torch.cat([adversarial, images])).chunk(2)
                 loss = (F.cross_entropy(on_adversarial, labels) + F.cross_entropy(logits, labels)) / 2

@@ -42,6 +42,7 @@ def test_whole_run(benchmark: BenchmarkFixture, kind: str, goal: float) -> None:
         clean_epochs=epochs,
         fractions=FRACTIONS,
         initial="random",
+        eps_factors=(1.0,),
     )
 
     def run(config: PurifyConfig) -> float:
