@@ -235,6 +235,32 @@ def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int,
     assert made == 3 * 4 + sum(per_round)
 
 
+def test_whoever_looks_on_sees_every_round_and_changes_nothing(infected: InfectedModel) -> None:
+    seen: list[tuple[int, dict[str, Tensor], Any]] = []
+
+    def look(t: int, model: nn.Module, ranking: Any) -> str:
+        assert not model.training
+        seen.append((t, copy.deepcopy(model.state_dict()), ranking))
+        torch.rand(100)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return "ignored"
+
+    options: dict[str, Any] = {"config": QUICK, "device": "cpu", "progress": False}
+    watched = purify(infected.model, infected.train_data, on_round=look, **options)
+    alone = purify(infected.model, infected.train_data, **options)
+    assert [t for t, _, _ in seen] == [0, 1, 2]
+    assert [r.ap_of_poisoned(infected.train_data.poison_mask) for _, _, r in seen] == [
+        entry["ap_of_poisoned"] for entry in watched.history
+    ]
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name])
+        assert torch.equal(value, seen[-1][1][name])
+    seen.clear()
+    purify(infected.model, clean_data=infected.train_data, on_round=look, **options)
+    assert [(t, ranking) for t, _, ranking in seen] == [(0, None)]
+
+
 def test_the_infected_model_sees_the_training_set_once_per_run(
     infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

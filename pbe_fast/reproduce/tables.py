@@ -248,7 +248,7 @@ def _der_notes(
             if None not in figures:
                 theirs.append(defense_rating(*(float(value or 0) for value in figures)))
         shown = f"{statistics.fmean(mine):.1f}" if mine else MISSING
-        count = f" of {len(mine)} attacks" if len(mine) < len(attacks) else ""
+        count = f" of {len(mine)} attacks" if 0 < len(mine) < len(attacks) else ""
         parts.append(f"{DEFENSE_NAMES[defense]} {shown}{count} (paper {statistics.fmean(theirs):.1f})")
     return [f"Mean DER in %: {', '.join(parts)}."]
 
