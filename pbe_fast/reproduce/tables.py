@@ -205,11 +205,11 @@ def _in_place(scale: Scale) -> str:
 
 def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], wanted: int, request: Request) -> list[str]:
     """What holds of every table: the scale, what is missing, where the figures come from."""
-    seeds = ", ".join(map(str, request.seeds))
+    seeds = f"Seed{'s' * (len(request.seeds) > 1)} {', '.join(map(str, request.seeds))}"
     spread = "a direction, not a mean" if len(request.seeds) == 1 else "mean ± standard deviation over them"
     notes = [
         f"Scale {scale.name}: {scale.note}",
-        f"{len(entries)} of {wanted} cells are finished; {MISSING}: no figure. Seeds {seeds}: {spread}.",
+        f"{len(entries)} of {wanted} cells are finished; {MISSING}: no figure. {seeds}: {spread}.",
     ]
     if images := sorted(
         {
@@ -226,7 +226,7 @@ def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], want
             "No ImageNet weights were given (--weights): these networks were trained from scratch, the paper's were "
             "not, and its accuracies cannot be had."
         )
-    if commits := sorted({str(e["commit"])[:12] for e in entries}):
+    if commits := sorted({str(e["commit"])[:12] for e in entries if e["commit"]}):
         notes.append(f"Commits: {', '.join(commits)}.")
     return notes
 
