@@ -33,7 +33,7 @@ def kind_of(machine: dict[str, Any], *, gpu: bool = False) -> str:
 def write_results(
     folder: Path, cases: list[dict[str, Any]], *, described: dict[str, Any], seed: int, scale: str
 ) -> Path:
-    """One file with every case of a run; another run on the same day replaces it.
+    """One file with every case of a day: another run replaces the cases that it has, and leaves the others.
 
     Args:
         folder: Made, if it is missing.
@@ -47,7 +47,11 @@ def write_results(
     suffix = "" if scale == "normal" else f"-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}-{described['date'][:10]}{suffix}.json"
-    content = {"kind": kind, "scale": scale, "seed": seed, **described, "cases": [_rounded(case) for case in cases]}
+    measured = [{**_rounded(case), "commit": described.get("commit")} for case in cases]
+    names = {case["name"] for case in measured}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+    measured += [case for case in earlier if case["name"] not in names]
+    content = {"kind": kind, "scale": scale, "seed": seed, **described, "cases": measured}
     return write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -100,6 +100,18 @@ def test_results_of_two_days_become_a_page(tmp_path: Path) -> None:
         assert (tmp_path / f"benchmarks-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_later_run_of_the_day_replaces_only_what_it_measured(tmp_path: Path) -> None:
+    from results import read_results, write_results
+
+    first, again = described("2026-01-01"), {**described("2026-01-01"), "commit": "later"}
+    other = {"name": "test_other", "ratio": 2.0}
+    write_results(tmp_path, [field(200.0), other], described=first, seed=0, scale="normal")
+    write_results(tmp_path, [field(300.0)], described=again, seed=0, scale="normal")
+    (result,) = read_results(tmp_path)
+    assert [case["name"] for case in result["cases"]] == [field(200.0)["name"], "test_other"]
+    assert [case["commit"] for case in result["cases"]] == ["later", first["commit"]]
+
+
 def test_what_falls_short_is_said(tmp_path: Path) -> None:
     from report import write_report
     from results import read_results, write_results
