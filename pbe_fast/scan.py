@@ -35,12 +35,12 @@ _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 
 # Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`.
 CONCENTRATION = {
-    ("all_to_all", "beyond"): 10.65,
-    ("all_to_all", "most"): 5.88,
-    ("all_to_all", "quarter"): 4.46,
-    ("all_to_one", "beyond"): 1.12,
+    ("all_to_all", "beyond"): 8.79,
+    ("all_to_all", "most"): 5.49,
+    ("all_to_all", "quarter"): 4.05,
+    ("all_to_one", "beyond"): 1.22,
     ("all_to_one", "most"): 2.52,
-    ("all_to_one", "quarter"): 2.77,
+    ("all_to_one", "quarter"): 2.99,
 }
 _SHARES: dict[str, Callable[[Tensor], Tensor]] = {"all_to_one": arrival_shares, "all_to_all": shift_shares}
 
