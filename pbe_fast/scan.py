@@ -36,9 +36,11 @@ _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 # Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`.
 CONCENTRATION = {
     ("all_to_all", "beyond"): 8.79,
+    ("all_to_all", "far"): 6.11,
     ("all_to_all", "most"): 5.49,
     ("all_to_all", "quarter"): 4.05,
     ("all_to_one", "beyond"): 1.22,
+    ("all_to_one", "far"): 0.42,
     ("all_to_one", "most"): 2.52,
     ("all_to_one", "quarter"): 2.99,
 }

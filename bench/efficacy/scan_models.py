@@ -32,7 +32,7 @@ from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.metrics import evaluate
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.report.tables import percent, table
-from pbe_fast.scan import CONCENTRATION, ScanLevel, most_suspicious, scan
+from pbe_fast.scan import ScanLevel, most_suspicious, scan
 
 RESULTS = Path("bench/results/efficacy/scan-models.jsonl")
 SIGNIFICANCE = ScanConfig().significance
@@ -188,7 +188,7 @@ def main(command: str, *rest: str) -> None:
         run(*rest)
     elif command == "fit":
         for (setting, level), value in fit().items():
-            print(f'("{setting}", "{level}"): {value},  # now {CONCENTRATION[setting, level]}')
+            print(f'("{setting}", "{level}"): {value},')
     elif command == "table":
         print(table(["model", "ACC %", "ASR %", "times even", "p", "flagged", "used"], list(rows())))
     else:
