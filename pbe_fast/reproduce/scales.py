@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pbe_fast.baselines import BASELINES, ANPConfig, BaselineConfig, NeuralCleanseConfig
-from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, to_dict
+from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, ScanConfig, to_dict
 from pbe_fast.errors import InputError
 
 CLEAN_SHARE = 0.05
@@ -70,6 +70,7 @@ class Scale:
         poison_rate: Of every attack.
         pbe: Options of PBE, with a clean set and without.
         baselines: Options of the others, by method.
+        scan: Options of the scan.
         eps: Radii at which Fig. 1 and 4 attack; sizes are in pixel units of [0, 1].
         feature_eps: Radius of the adversarial images of Table 5, Fig. 3 and 5.
         attacked: Images that are attacked for a figure, at most.
@@ -83,6 +84,7 @@ class Scale:
     poison_rate: float = 0.10
     pbe: PurifyConfig = field(default_factory=PurifyConfig)
     baselines: Mapping[str, BaselineConfig] = field(default_factory=lambda: dict(BASELINES))
+    scan: ScanConfig = field(default_factory=ScanConfig)
     eps: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)
     feature_eps: float = 8 / 255
     attacked: int = 10_000
@@ -93,6 +95,8 @@ class Scale:
             options: dict[str, Any] = to_dict(self.pbe)
         elif task in self.baselines:
             options = to_dict(self.baselines[task])
+        elif task == "scan":
+            options = to_dict(self.scan)
         elif task == "before":
             options = {}
         else:
