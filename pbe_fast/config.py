@@ -171,7 +171,7 @@ class ScanConfig:
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
     eps: tuple[float, ...] = option(
         tuple(level / 255 for level in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
-        "radii of the ball, rising; four of them are tested, by how many images they move",
+        "radii of the ball, rising; three of them are tested, by how many images they move",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
