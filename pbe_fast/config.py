@@ -196,7 +196,7 @@ class AttackConfig:
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        FineTuneConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
+        FineTuneConfig(lr=0.1, batch_size=32, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
     input_aware: InputAwareConfig = option(InputAwareConfig(), "networks of --attack input_aware")
