@@ -61,6 +61,7 @@ def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[
 @path_option(
     "--out", section=OUTPUT, default="runs/reproduce", show_default=True, help="folder of the cells; finished ones stay"
 )
+@path_option("--drawings", section=OUTPUT, help="folder of the tables and figures  [default: OUT/SCALE]")
 @option(
     "--draw-only", section=RUN, is_flag=True, help="train and measure nothing: tables and figures of finished cells"
 )
@@ -82,6 +83,7 @@ def reproduce(
     data: Path | None,
     weights: Path | None,
     out: Path,
+    drawings: Path | None,
     draw_only: bool,
     jobs: int,
     device: str,
@@ -113,6 +115,7 @@ def reproduce(
     if data is not None and not data.is_dir():
         raise InputError("--data", got=f"{data}, which is no folder", accepted="the folder with the images")
     folder = prepare_output(out / scale, force=True)
+    drawn = folder if drawings is None else prepare_output(drawings, force=True)
 
     from pbe_fast.engine.precision import resolve_device
     from pbe_fast.reproduce import Job, Store, cells_of, make_cells, make_table
@@ -130,13 +133,13 @@ def reproduce(
     texts, written, report = [], [], _report(cells, store, failed)
     for number in request.tables:
         table = make_table(number, request, chosen, store)
-        written += table.save(folder)
+        written += table.save(drawn)
         texts.append(table.markdown())
     if scan:
         texts.append(make_scan_table(request, chosen, store))
-        written.append(save_scan_table(texts[-1], folder))
+        written.append(save_scan_table(texts[-1], drawn))
     for number in request.figures:
-        path = draw_figure(number, folder, request, chosen, store)
+        path = draw_figure(number, drawn, request, chosen, store)
         if path is None:
             console.note(f"figure {number}: no cell of it is finished, nothing is drawn")
         else:

@@ -18,8 +18,8 @@ _TRAINING = FineTuneConfig(
     lr=0.1, batch_size=128, nesterov=True, warmup=0.25, augment="crop+flip", mix_clean=False, distill_weight=0.0
 )
 _TRAFFIC = dataclasses.replace(_TRAINING, augment="crop")
-# Of small models trained for ten epochs: more updates learn a faint trigger, which larger batches did not (WaNet: attack
-# success 67 % with 64 images, 97 % with 32). Flips make it fainter.
+# Of small models trained for ten epochs: smaller batches, which are more updates, learn a faint trigger (WaNet: attack
+# success 67 % with 64 images, 97 % with 32), and so it is without flips.
 _SHORT = dataclasses.replace(_TRAINING, batch_size=32, augment="crop")
 # The stems of Parquet files and the name of torchvision's set, in the order in which they are looked for.
 SOURCES = {
