@@ -12,6 +12,7 @@ from torch import nn
 
 from pbe_fast.config import AttackConfig
 from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.data.augment import augment
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
@@ -102,12 +103,18 @@ def train_infected(
             poisoned = poison(clean, trigger, seed=first_draw, **which)
             trigger.to("cpu")
         else:
-            tuner, losses = FineTuner(trained, config.training, **tuning), []
-            poisoned = data = poison(clean, trigger, seed=first_draw, **which).to(where)
+            poisoned = data = poison(clean, trigger, seed=first_draw, **which)
+            training = config.training
+            if trigger.redraw_each_epoch:
+                # An epoch is one pass: images moved before it, and then triggered, are augmented as they should be.
+                training = dataclasses.replace(training, augment="none")
+            tuner, losses = FineTuner(trained, training, **tuning), []
             for epoch in range(config.epochs):
-                if epoch and trigger.redraw_each_epoch:
-                    data = poison(clean, trigger, seed=first_draw + epoch, **which).to(where)
-                losses.append(tuner.run(data, steps=per_epoch, desc=f"training, epoch {epoch + 1}/{config.epochs}"))
+                if trigger.redraw_each_epoch:
+                    moved = augment(clean.images, config.training.augment, tuning["generator"])
+                    data = poison(dataclasses.replace(clean, images=moved), trigger, seed=first_draw + epoch, **which)
+                desc = f"training, epoch {epoch + 1}/{config.epochs}"
+                losses.append(tuner.run(data.to(where), steps=per_epoch, desc=desc))
     return InfectedModel(
         model=trained.eval().cpu(),
         train_data=poisoned.to("cpu"),

@@ -112,10 +112,12 @@ class PurifyConfig:
         (0.10, 0.30, 0.60, 0.70), "without a clean set: the extra set's share of the training set, by round"
     )
     initial: str = option(
-        "hard",
-        "the first extra set without a clean set: random (the paper), or hard images of labels that attract no attack",
-        ("hard", "random"),
+        "steady",
+        "the first extra set without a clean set: random (the paper); hard images, none of labels that attract the "
+        "attack; or steady: likewise, and where no label does, those whose label withstands small changes",
+        ("steady", "hard", "random"),
     )
+    steady_share: float = option(0.5, "how much of the images asked about counts as steady")
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
 
     def __post_init__(self) -> None:
@@ -129,7 +131,8 @@ class PurifyConfig:
         )
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
-        _check(self.initial in ("hard", "random"), "initial", self.initial, "hard, random")
+        _check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
+        _check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
         _check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
 
     @classmethod
@@ -171,7 +174,7 @@ class ScanConfig:
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
     eps: tuple[float, ...] = option(
         tuple(level / 255 for level in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
-        "radii of the ball, rising; four of them are tested, by how many images they move",
+        "radii of the ball, rising; three of them are tested, by how many images they move",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
@@ -196,7 +199,7 @@ class AttackConfig:
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        FineTuneConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
+        FineTuneConfig(lr=0.1, batch_size=32, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
     input_aware: InputAwareConfig = option(InputAwareConfig(), "networks of --attack input_aware")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pbe_fast.config import AttackConfig, FineTuneConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError
+from pbe_fast.finetune import FineTuner
 from pbe_fast.metrics import evaluate
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.triggers import BadNets, Trigger, WaNet, make_trigger
@@ -119,11 +122,42 @@ def test_the_poisoned_subset_is_drawn_anew_in_every_epoch_where_the_trigger_asks
     config = AttackConfig(epochs=3, training=TRAINING, poison_rate=0.1)
     infected = train_infected(_network(), _data(), config=config, trigger=trigger, device="cpu", progress=False)
     assert all(len(note) == 16 for note in trigger.notes)
-    assert len({tuple(note) for note in trigger.notes}) == len(trigger.notes) == (3 if redraw else 1)
+    handed_back, *epochs = trigger.notes
+    assert len({tuple(note) for note in epochs}) == len(epochs) == (3 if redraw else 0)
+    assert not epochs or epochs[0] == handed_back
     mask = infected.train_data.poison_mask
     assert mask is not None
-    assert mask.nonzero()[:, 0].tolist() == trigger.notes[0]
+    assert mask.nonzero()[:, 0].tolist() == handed_back
     assert infected.config.attack == "noted"  # what was done, not the default
+
+
+def test_images_that_are_drawn_anew_are_moved_before_they_get_the_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ImageSet] = []
+
+    class Watched(FineTuner):
+        def run(self, data: ImageSet, **options: Any) -> float:
+            seen.append(data)
+            return super().run(data, **options)
+
+    monkeypatch.setattr("pbe_fast.attack.FineTuner", Watched)
+    training = dataclasses.replace(TRAINING, augment="crop+flip")
+    config = AttackConfig(epochs=2, training=training, poison_rate=0.1)
+    data = _data()
+    infected = train_infected(_network(), data, config=config, trigger=Noted(redraw=True), device="cpu", progress=False)
+    first, second = seen
+    assert not torch.equal(first.images, second.images)
+    for epoch in seen:
+        mask = epoch.poison_mask
+        assert mask is not None
+        # The trigger is where it belongs, whatever became of the image below it, and nowhere else.
+        assert (epoch.images[mask][:, 0, -1, -1] == 255).all()
+        unmoved = (epoch.images == data.images).flatten(1).all(1)
+        assert unmoved.double().mean() < 0.5
+        # A move loses pixels at the border and takes none from elsewhere.
+        assert (epoch.images[~mask].flatten(1).sum(1) <= data.images[~mask].flatten(1).sum(1)).all()
+    # What is handed back is the training set as its owner has it.
+    clean = ~infected.train_data.poison_mask  # type: ignore[operator]
+    assert torch.equal(infected.train_data.images[clean], data.images[clean])
 
 
 def test_the_attack_is_the_one_that_the_options_name() -> None:

@@ -35,6 +35,7 @@ def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[
 @option(
     "--figure", "figures", section=_WHAT, type=int, multiple=True, metavar="N", help="1, 3, 4, 5, 6 or 7; repeatable"
 )
+@option("--scan", section=_WHAT, is_flag=True, help="scan the models of tables 1 and 4, and benign ones")
 @option("--theorem", section=_WHAT, is_flag=True, help="check Theorem 1 numerically (in a checkout of the repository)")
 @option(
     "--scale",
@@ -60,6 +61,7 @@ def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[
 @path_option(
     "--out", section=OUTPUT, default="runs/reproduce", show_default=True, help="folder of the cells; finished ones stay"
 )
+@path_option("--drawings", section=OUTPUT, help="folder of the tables and figures  [default: OUT/SCALE]")
 @option(
     "--draw-only", section=RUN, is_flag=True, help="train and measure nothing: tables and figures of finished cells"
 )
@@ -71,6 +73,7 @@ def reproduce(
     console: Console,
     tables: tuple[int, ...],
     figures: tuple[int, ...],
+    scan: bool,
     theorem: bool,
     scale: str,
     seeds: tuple[int, ...],
@@ -80,6 +83,7 @@ def reproduce(
     data: Path | None,
     weights: Path | None,
     out: Path,
+    drawings: Path | None,
     draw_only: bool,
     jobs: int,
     device: str,
@@ -91,8 +95,8 @@ def reproduce(
     again: a run that was stopped goes on where it was, and several runs, on several machines that share OUT, make
     different cells. Exits with 1 if a cell failed.
     """
-    if not tables and not figures and not theorem:
-        raise click.UsageError("nothing to make; accepted: --table, --figure or --theorem, each as often as needed")
+    if not (tables or figures or scan or theorem):
+        raise click.UsageError("nothing to make; accepted: --table N, --figure N, --scan, --theorem")
     from pbe_fast.engine.files import prepare_output
     from pbe_fast.reproduce import Request, find_scale
 
@@ -100,6 +104,7 @@ def reproduce(
     request = Request(
         tables=tuple(dict.fromkeys(tables)),
         figures=tuple(dict.fromkeys(figures)),
+        scan=scan,
         seeds=seeds,
         targets=targets,
         attacks=attacks or None,
@@ -110,10 +115,12 @@ def reproduce(
     if data is not None and not data.is_dir():
         raise InputError("--data", got=f"{data}, which is no folder", accepted="the folder with the images")
     folder = prepare_output(out / scale, force=True)
+    drawn = folder if drawings is None else prepare_output(drawings, force=True)
 
     from pbe_fast.engine.precision import resolve_device
     from pbe_fast.reproduce import Job, Store, cells_of, make_cells, make_table
     from pbe_fast.reproduce.figures import draw_figure
+    from pbe_fast.reproduce.scanned import make_scan_table, save_scan_table
 
     resolve_device(device)
     store, cells = Store(folder), cells_of(request, chosen)
@@ -126,10 +133,13 @@ def reproduce(
     texts, written, report = [], [], _report(cells, store, failed)
     for number in request.tables:
         table = make_table(number, request, chosen, store)
-        written += table.save(folder)
+        written += table.save(drawn)
         texts.append(table.markdown())
+    if scan:
+        texts.append(make_scan_table(request, chosen, store))
+        written.append(save_scan_table(texts[-1], drawn))
     for number in request.figures:
-        path = draw_figure(number, folder, request, chosen, store)
+        path = draw_figure(number, drawn, request, chosen, store)
         if path is None:
             console.note(f"figure {number}: no cell of it is finished, nothing is drawn")
         else:

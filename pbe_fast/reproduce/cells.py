@@ -44,7 +44,7 @@ class Cell:
     """Something measured on a subject, and kept as one JSON file.
 
     ``task`` is a column of the tables ("before", "ft", ..., "pbe"), "reached" (Fig. 1 and 4), "features" (Table 5 and
-    Fig. 3) or "tsne" (Fig. 5).
+    Fig. 3), "tsne" (Fig. 5) or "scan" (the table of what `pbe_fast.scan` finds).
     """
 
     subject: Subject
@@ -89,6 +89,7 @@ TABLES = {
     4: TableSpec("CIFAR-10, all-to-all", "cifar10", "all_to_all"),
 }
 FEATURE_TABLE = 5
+SCANNED_TABLES = (1, 4)
 TABLE_NUMBERS = (*TABLES, FEATURE_TABLE)
 
 # The paper's text names Fig. 1's attack and Fig. 6's; it says which attacks, settings and data sets Fig. 4 has, but
@@ -115,6 +116,7 @@ class Request:
     Args:
         tables: Of 1 to 5.
         figures: Of 1, 3, 4, 5, 6, 7.
+        scan: Whether the models of Tables 1 and 4, and benign ones, are scanned for a backdoor.
         seeds: Of the models.
         targets: Target labels of Fig. 1 and 4, one model each; None for the scale's.
         attacks: Only these, where the table or figure has several; None for all.
@@ -126,6 +128,7 @@ class Request:
 
     tables: tuple[int, ...] = ()
     figures: tuple[int, ...] = ()
+    scan: bool = False
     seeds: tuple[int, ...] = (0,)
     targets: tuple[int, ...] | None = None
     attacks: tuple[str, ...] | None = None
@@ -152,6 +155,8 @@ def cells_of(request: Request, scale: Scale) -> list[Cell]:
             found |= dict.fromkeys(_table_cells(number, request, scale, seed))
         for number in request.figures:
             found |= dict.fromkeys(_figure_cells(number, request, scale, seed))
+        if request.scan:
+            found |= dict.fromkeys(Cell(subject, "scan") for subject in scan_subjects(request, scale, seed))
     order = {subject: i for i, subject in enumerate(dict.fromkeys(cell.subject for cell in found))}
     return sorted(found, key=lambda cell: order[cell.subject])
 
@@ -175,6 +180,12 @@ def matrix_subjects(panel: Panel, request: Request, scale: Scale, seed: int) -> 
         return [subject_of(panel, scale, seed)]
     targets = scale.targets if request.targets is None else request.targets
     return [subject_of(panel, scale, seed, target) for target in targets]
+
+
+def scan_subjects(request: Request, scale: Scale, seed: int) -> list[Subject]:
+    """The models of Tables 1 and 4, then the benign one of the same images."""
+    subjects = [subject_of(panel, scale, seed) for number in SCANNED_TABLES for panel in table_panels(number, request)]
+    return [*subjects, *(subject.benign() for subject in subjects[:1])]
 
 
 def _table_cells(number: int, request: Request, scale: Scale, seed: int) -> list[Cell]:

@@ -17,6 +17,7 @@ from pbe_fast.reproduce.cells import Cell
 from pbe_fast.reproduce.evidence import measure_features, measure_reached, measure_tsne
 from pbe_fast.reproduce.workshop import Prepared, Workshop
 from pbe_fast.result import PurifyResult
+from pbe_fast.scan import scan
 
 RECALLS = 101
 
@@ -68,6 +69,8 @@ def _measure(cell: Cell, workshop: Workshop, prepared: Prepared) -> dict[str, An
         benign = workshop.open(cell.subject.benign())
         evidence = measure_features if cell.task == "features" else measure_tsne
         return evidence(benign.model, prepared, workshop, seed=seed)
+    if cell.task == "scan":
+        return _scan(prepared, workshop, seed=seed)
     if cell.task in DEFENSES:
         result = DEFENSES[cell.task](
             prepared.model,
@@ -105,6 +108,14 @@ def _run_pbe(prepared: Prepared, workshop: Workshop, *, with_clean: bool, seed: 
         **workshop.running(),
     )
     return {**_of_result(result, prepared, workshop), "progress": progress}
+
+
+def _scan(prepared: Prepared, workshop: Workshop, *, seed: int) -> dict[str, Any]:
+    """What a defender with the clean images finds."""
+    found = scan(prepared.model, prepared.clean, config=workshop.scale.scan, seed=seed, **workshop.running())
+    entry = found.to_dict()
+    names = ("verdict", "target_label", "shift", "score", "p_value")
+    return {"metrics": {name: entry.pop(name) for name in names}, "scan": entry}
 
 
 def _of_result(result: PurifyResult, prepared: Prepared, workshop: Workshop) -> dict[str, Any]:

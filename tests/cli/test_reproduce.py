@@ -20,7 +20,7 @@ def run(*args: object) -> Result:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "accepted: --table, --figure or --theorem"),
+        ((), "accepted: --table N, --figure N, --scan, --theorem"),
         (("--table", "6"), "table; got 6; accepted: 1, 2, 3, 4, 5"),
         (("--figure", "2"), "figure; got 2; accepted: 1, 3, 4, 5, 6, 7"),
         (("--table", "1", "--seeds", "0;1"), "whole numbers with commas"),
@@ -63,6 +63,15 @@ def test_drawing_alone_trains_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "smoke").iterdir()) == ["cells", "table-1.csv", "table-1.md"]
     report = json.loads(run(*args, "--json").stdout)
     assert (report["cells"], report["finished"], report["failed"]) == (9, 1, {})
+
+
+def test_drawings_can_go_elsewhere(tmp_path: Path) -> None:
+    args = ("--scale", "smoke", "--table", "1", "--scan", "--draw-only", "--out", tmp_path / "a")
+    result = run(*args, "--drawings", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["table-1.csv", "table-1.md", "table-scan.md"]
+    assert list((tmp_path / "a" / "smoke").iterdir()) == []
+    assert "0 of 0 infected models" in result.stdout
 
 
 def test_cells_that_cannot_be_made_are_named(tmp_path: Path) -> None:
