@@ -114,7 +114,7 @@ struct Job {
   Plane plane;
   bool windows;
   bool streamed;
-  std::vector<float> scale, shift;  // per channel, or per element of a tile in channels_last; empty: neither
+  std::vector<float> scale, shift;  // as Affine has them, of all channels or of a tile; empty: neither
 
   explicit Job(const Images& i) : images(i), pixels(i.height * i.width) {
     lanes = i.channels_last ? i.channels : 1;
@@ -131,10 +131,12 @@ struct Job {
                reinterpret_cast<std::uintptr_t>(i.out) % (kBlock * sizeof(float)) == 0;
     if (is_plain) return;
     // A stack of planes may begin with the last channel.
-    const std::int64_t count = i.channels_last ? tile_pixels * lanes : i.channels + kStack - 1;
+    const std::int64_t repeats = lanes == 1 ? kBlock : 1;
+    const std::int64_t count = lanes == 1 ? (i.channels + kStack - 1) * repeats : tile_pixels * lanes;
     for (std::int64_t at = 0; at < count; ++at) {
-      const float mean = i.mean == nullptr ? 0.0f : i.mean[at % i.channels];
-      const float std = i.mean == nullptr ? 1.0f : i.std[at % i.channels];
+      const std::int64_t channel = at / repeats % i.channels;
+      const float mean = i.mean == nullptr ? 0.0f : i.mean[channel];
+      const float std = i.mean == nullptr ? 1.0f : i.std[channel];
       scale.push_back(1.0f / (i.in_type == DType::u8 ? std * 255.0f : std));
       shift.push_back(-mean / std);
     }
@@ -157,6 +159,7 @@ class Worker {
     const std::int64_t first = tile * job_.tile_pixels;
     const std::int64_t n = std::min(job_.tile_pixels, job_.pixels - first);
     set_taps(offsets + first, weights + first, job_.pixels, n);
+    if (job_.windows && job_.images.in_type == DType::u8) drop_windows(taps_, windows_.data());
   }
 
   void load_noisy(std::int64_t tile, const float* grid, float amplitude, std::int64_t id, std::uint64_t seed) {
@@ -193,20 +196,14 @@ class Worker {
 
   template <class In>
   void sample_stack(const In* in, void* out, std::int64_t channel, std::int64_t count) {
-    const bool is_plain = job_.scale.empty(), shared = job_.lanes == 1;
-    const std::int64_t first = shared ? channel : 0;
-    const Stack<In> stack{in,
-                          job_.plane.size,
-                          out,
-                          job_.plane.size,
-                          count,
-                          job_.images.out_type,
-                          is_plain ? Affine::none
-                          : shared ? Affine::per_plane
-                                   : Affine::per_element,
-                          is_plain ? nullptr : job_.scale.data() + first,
-                          is_plain ? nullptr : job_.shift.data() + first,
-                          job_.streamed};
+    const bool per_element = job_.lanes > 1;
+    Affine affine{nullptr, nullptr, per_element};
+    if (!job_.scale.empty()) {
+      const std::int64_t first = per_element ? 0 : channel * kBlock;
+      affine = {job_.scale.data() + first, job_.shift.data() + first, per_element};
+    }
+    const std::int64_t size = job_.plane.size;
+    const Stack<In> stack{in, size, out, size, count, job_.images.out_type, affine, job_.streamed};
     sample(stack, job_.plane, taps_, job_.windows ? windows_.data() : nullptr, places_.data(), sums_.data());
   }
 

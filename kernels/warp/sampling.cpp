@@ -87,8 +87,15 @@ void sample_loads(const Stack<In>& stack, const Plane& plane, const Taps& taps, 
     } else {
       sample_each(in, plane, taps, begin, taps.n, sums);
     }
-    if (stack.affine == Affine::per_plane) scale_shift(sums, n, stack.scale[k], stack.shift[k]);
-    if (stack.affine == Affine::per_element) scale_shift(sums, n, stack.scale + begin, stack.shift + begin);
+    if (stack.affine.scale != nullptr) {
+      const std::int64_t first = stack.affine.first(k, begin);
+      const float *scale = stack.affine.scale + first, *shift = stack.affine.shift + first;
+      if (stack.affine.per_element) {
+        scale_shift(sums, n, scale, shift);
+      } else {
+        scale_shift(sums, n, *scale, *shift);
+      }
+    }
     if (stack.out_type == DType::u8) {
       round_to_u8(sums, static_cast<std::uint8_t*>(out), n);
     } else if (sums != out) {
@@ -103,7 +110,7 @@ void sample_any(const Stack<In>& stack, const Plane& plane, const Taps& taps, co
   std::int64_t done = 0;
 #ifdef PBE_X86
   if (windows != nullptr) {
-    avx512::loop_for(stack, level() >= Level::bf16)(stack, plane, taps, windows, places);
+    avx512::loop_for<In>(stack.out_type, level() >= Level::bf16)(stack, plane, taps, windows, places);
     done = taps.n / kBlock * kBlock;
   }
 #endif
@@ -138,15 +145,26 @@ PBE_CLONES void find_windows(const Taps& taps, const Plane& plane, std::int64_t 
     const std::int64_t base = static_cast<std::int64_t>(top) * plane.row + left;
     const std::int64_t latest = plane.size - columns - static_cast<std::int64_t>(rows - 1) * plane.row;
     const std::int64_t shift = std::max<std::int64_t>(base - latest, 0);
-    const bool fits = rows <= 4 && latest >= 0 && right + plane.right - left + shift < columns;
-    windows[block] = {
-        static_cast<std::int32_t>(base - shift),
-        fits ? rows : 0,
-        {std::min(1, rows - 1) * plane.row, std::min(2, rows - 1) * plane.row, std::min(3, rows - 1) * plane.row}};
+    const bool fits = rows >= 2 && rows <= 4 && latest >= 0 && right + plane.right - left + shift < columns;
+    windows[block] = {static_cast<std::int32_t>(base - shift),
+                      fits ? rows : 0,
+                      {plane.row, std::min(2, rows - 1) * plane.row, std::min(3, rows - 1) * plane.row}};
     const std::int32_t start = left - static_cast<std::int32_t>(shift);
     for (std::int64_t i = 0; i < kBlock; ++i) {
       places[block * kBlock + i] = static_cast<std::uint8_t>((y[i] - top) * 32 + x[i] - start);
     }
+  }
+}
+
+PBE_CLONES void drop_windows(const Taps& taps, Window* windows) {
+  for (std::int64_t block = 0; block < taps.n / kBlock; ++block) {
+    // As integers, NaN and what is negative are larger than what is not.
+    std::uint32_t largest = 0;
+    for (int tap = 0; tap < 4; ++tap) {
+      const float* weight = taps.weight + tap * taps.weight_stride + block * kBlock;
+      for (std::int64_t i = 0; i < kBlock; ++i) largest = std::max(largest, bits_of_float(weight[i]));
+    }
+    if (largest > bits_of_float(1.0f)) windows[block].rows = 0;
   }
 }
 

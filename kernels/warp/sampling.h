@@ -23,7 +23,7 @@ struct Taps {
   std::int64_t n;
 };
 
-// Neighbouring outputs sample from neighbouring places. Where the taps of kBlock outputs lie in at most four rows of so
+// Neighbouring outputs sample from neighbouring places. Where the taps of kBlock outputs lie in two to four rows of so
 // many columns, registers hold those rows and permutations of them replace the separate loads.
 constexpr std::int64_t kBlock = 16;
 template <class In>
@@ -31,7 +31,7 @@ constexpr std::int64_t kColumns = sizeof(In) == 1 ? 32 : 24;
 
 struct Window {
   std::int32_t base;  // offset of the first row's first element
-  std::int32_t rows;  // 0: the taps lie too far apart
+  std::int32_t rows;  // 0: the taps lie too far apart, or in a single row
   // From the base to the rows after the first; past the last row it is that one again, as the memory may end there.
   std::int32_t further[3];
 };
@@ -40,10 +40,18 @@ struct Window {
 bool has_windows();
 // Fills windows (n / kBlock) and places (n): 32 * row + column of each top left tap within its window.
 void find_windows(const Taps& taps, const Plane& plane, std::int64_t columns, Window* windows, std::uint8_t* places);
+// Takes the windows from blocks with weights outside of [0, 1], which no WarpPlan has: bytes are not multiplied exactly
+// with all of them.
+void drop_windows(const Taps& taps, Window* windows);
 
-// What becomes of a sum before it is stored: x * scale + shift, with a pair per plane, or, where several channels share
-// a plane, per element; or nothing.
-enum class Affine { none, per_plane, per_element };
+// What becomes of a sum before it is stored: x * scale + shift, or, with scale null, nothing. Each plane has one pair,
+// kBlock times in a row; where several channels share a plane, each element has one.
+struct Affine {
+  const float *scale, *shift;
+  bool per_element;
+
+  std::int64_t first(std::int64_t plane, std::int64_t element) const { return per_element ? element : plane * kBlock; }
+};
 
 // Several planes that are sampled at the same taps, which are then loaded once.
 template <class In>
@@ -55,7 +63,6 @@ struct Stack {
   std::int64_t count;
   DType out_type;
   Affine affine;
-  const float *scale, *shift;
   // Write past the caches; whole blocks of out must be aligned to 64 bytes.
   bool streamed;
 };

@@ -2,7 +2,6 @@
 // the sums are finished and stored from registers, too.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "avx512.h"
@@ -34,7 +33,6 @@ PBE_WINDOWS PBE_INLINE __m512i places_at(const std::uint8_t* places, std::int64_
 // Of 16 outputs whose taps lie in Rows rows of floats. Rows is a constant so that the loops over rows unroll.
 template <int Rows>
 struct FloatBlock {
-  static constexpr int last = Rows - 1;
   Weights weight;
   __m512i left_place, right_place;  // permutations look at the low five bits only: the column
   __mmask16 here[Rows];             // whose upper taps lie in this row
@@ -59,8 +57,8 @@ struct FloatBlock {
       left[row] = _mm512_permutex2var_ps(first, left_place, second);
       right[row] = _mm512_permutex2var_ps(first, right_place, second);
     }
-    __m512 a = left[0], b = right[0], c = left[std::min(1, last)], d = right[std::min(1, last)];
-    for (int row = 1; row < last; ++row) {
+    __m512 a = left[0], b = right[0], c = left[1], d = right[1];
+    for (int row = 1; row < Rows - 1; ++row) {
       a = _mm512_mask_mov_ps(a, here[row], left[row]);
       b = _mm512_mask_mov_ps(b, here[row], right[row]);
       c = _mm512_mask_mov_ps(c, here[row], left[row + 1]);
@@ -75,8 +73,8 @@ struct FloatBlock {
 // Of 16 outputs whose taps lie in up to four rows of bytes, all four of which one permutation reaches.
 struct ByteBlock {
   // A byte x below the upper bytes of 2^23 is the float 2^23 + x, and w (2^23 + x) - w 2^23 with one rounding at the
-  // end is the product w x as float32 rounds it: so the fused operation also stands in for a conversion. (Where w 2^23
-  // is no float it would not: weights are at most 1.)
+  // end is the product w x as float32 rounds it: so the fused operation also stands in for a conversion. Weights for
+  // which that does not hold have no window: drop_windows.
   static constexpr int kMagic = 0x4b000000;
   Weights weight, shifted;
   __m512i a, b, c, d;  // places of the taps, and the upper bytes of 2^23
@@ -88,11 +86,10 @@ struct ByteBlock {
     const __m512 magic = _mm512_set1_ps(0x1p23f);
     shifted = {_mm512_mul_ps(weight.a, magic), _mm512_mul_ps(weight.b, magic), _mm512_mul_ps(weight.c, magic),
                _mm512_mul_ps(weight.d, magic)};
-    const int down = plane.down > 0 ? 32 : 0;
     a = _mm512_add_epi32(places_at(places, i), _mm512_set1_epi32(kMagic));
     b = _mm512_add_epi32(a, _mm512_set1_epi32(plane.right));
-    c = _mm512_add_epi32(a, _mm512_set1_epi32(down));
-    d = _mm512_add_epi32(a, _mm512_set1_epi32(down + plane.right));
+    c = _mm512_add_epi32(a, _mm512_set1_epi32(32));
+    d = _mm512_add_epi32(a, _mm512_set1_epi32(32 + plane.right));
     row1 = window.further[0];
     row2 = window.further[1];
     row3 = window.further[2];
@@ -143,19 +140,18 @@ struct LooseBlock {
 };
 
 // One block in all planes.
-template <DType Out, Affine affine, bool HasBf16, class In, class Block>
+template <DType Out, bool HasBf16, class In, class Block>
 PBE_WINDOWS PBE_INLINE void sample_block(const Stack<In>& stack, const Plane& plane, const Block& block,
                                          std::int64_t i) {
   for (std::int64_t k = 0; k < stack.count; ++k) {
     __m512 value = block.sum(stack.in + k * stack.in_stride, plane);
-    if constexpr (affine != Affine::none) {
-      const bool shared = affine == Affine::per_plane;
-      const __m512 scale = shared ? _mm512_set1_ps(stack.scale[k]) : _mm512_loadu_ps(stack.scale + i);
-      const __m512 shift = shared ? _mm512_set1_ps(stack.shift[k]) : _mm512_loadu_ps(stack.shift + i);
-      value = _mm512_add_ps(_mm512_mul_ps(value, scale), shift);
+    if (stack.affine.scale != nullptr) {
+      const std::int64_t at = stack.affine.first(k, i);
+      value = _mm512_mul_ps(value, _mm512_loadu_ps(stack.affine.scale + at));
+      value = _mm512_add_ps(value, _mm512_loadu_ps(stack.affine.shift + at));
     }
     void* out = advance(stack.out, k * stack.out_stride + i, Out);
-    if (Out == DType::f32 && affine == Affine::none && stack.streamed) {
+    if (Out == DType::f32 && stack.streamed) {
       _mm512_stream_ps(static_cast<float*>(out), value);
     } else {
       store<Out, HasBf16>(out, value, first_lanes(kLanes));
@@ -163,21 +159,20 @@ PBE_WINDOWS PBE_INLINE void sample_block(const Stack<In>& stack, const Plane& pl
   }
 }
 
-template <DType Out, Affine affine, bool HasBf16>
+template <DType Out, bool HasBf16>
 PBE_WINDOWS PBE_INLINE void sample_window(const Stack<std::uint8_t>& stack, const Plane& plane, const Taps& taps,
                                           const Window& window, const std::uint8_t* places, std::int64_t i) {
-  sample_block<Out, affine, HasBf16>(stack, plane, ByteBlock(plane, taps, window, places, i), i);
+  sample_block<Out, HasBf16>(stack, plane, ByteBlock(plane, taps, window, places, i), i);
 }
 
-template <DType Out, Affine affine, bool HasBf16>
+template <DType Out, bool HasBf16>
 PBE_WINDOWS PBE_INLINE void sample_window(const Stack<float>& stack, const Plane& plane, const Taps& taps,
                                           const Window& window, const std::uint8_t* places, std::int64_t i) {
   const auto with = [&](auto rows) PBE_WINDOWS {
     const FloatBlock<decltype(rows)::value> block(plane, taps, window, places, i);
-    sample_block<Out, affine, HasBf16>(stack, plane, block, i);
+    sample_block<Out, HasBf16>(stack, plane, block, i);
   };
   switch (window.rows) {
-    case 1: return with(std::integral_constant<int, 1>{});
     case 2: return with(std::integral_constant<int, 2>{});
     case 3: return with(std::integral_constant<int, 3>{});
     default: return with(std::integral_constant<int, 4>{});
@@ -185,7 +180,7 @@ PBE_WINDOWS PBE_INLINE void sample_window(const Stack<float>& stack, const Plane
 }
 
 // All whole blocks.
-template <class In, DType Out, Affine affine, bool HasBf16>
+template <class In, DType Out, bool HasBf16>
 PBE_WINDOWS void sample_windows(const Stack<In>& stack, const Plane& plane, const Taps& taps, const Window* windows,
                                 const std::uint8_t* places) {
   // Copies, which no store can change.
@@ -194,9 +189,9 @@ PBE_WINDOWS void sample_windows(const Stack<In>& stack, const Plane& plane, cons
   const Taps t = taps;
   for (std::int64_t i = 0; i + kBlock <= t.n; i += kBlock, ++windows) {
     if (windows->rows > 0) {
-      sample_window<Out, affine, HasBf16>(s, p, t, *windows, places, i);
+      sample_window<Out, HasBf16>(s, p, t, *windows, places, i);
     } else {
-      sample_block<Out, affine, HasBf16>(s, p, LooseBlock<In>(t, i), i);
+      sample_block<Out, HasBf16>(s, p, LooseBlock<In>(t, i), i);
     }
   }
   if (s.streamed) _mm_sfence();
@@ -205,22 +200,13 @@ PBE_WINDOWS void sample_windows(const Stack<In>& stack, const Plane& plane, cons
 template <class In>
 using Loop = void (*)(const Stack<In>&, const Plane&, const Taps&, const Window*, const std::uint8_t*);
 
-template <DType Out, bool HasBf16, class In>
-Loop<In> loop_for(const Stack<In>& stack) {
-  switch (stack.affine) {
-    case Affine::none: return sample_windows<In, Out, Affine::none, HasBf16>;
-    case Affine::per_plane: return sample_windows<In, Out, Affine::per_plane, HasBf16>;
-    default: return sample_windows<In, Out, Affine::per_element, HasBf16>;
-  }
-}
-
 template <class In>
-Loop<In> loop_for(const Stack<In>& stack, bool has_bf16) {
-  switch (stack.out_type) {
-    case DType::f32: return loop_for<DType::f32, false>(stack);
-    case DType::f16: return loop_for<DType::f16, false>(stack);
-    case DType::bf16: return has_bf16 ? loop_for<DType::bf16, true>(stack) : loop_for<DType::bf16, false>(stack);
-    default: return sample_windows<In, DType::u8, Affine::none, false>;
+Loop<In> loop_for(DType out, bool has_bf16) {
+  switch (out) {
+    case DType::f32: return sample_windows<In, DType::f32, false>;
+    case DType::f16: return sample_windows<In, DType::f16, false>;
+    case DType::bf16: return has_bf16 ? sample_windows<In, DType::bf16, true> : sample_windows<In, DType::bf16, false>;
+    default: return sample_windows<In, DType::u8, false>;
   }
 }
 
