@@ -125,7 +125,7 @@ def pgd_step_(
         TypeError: As in `pgd_step`.
         RuntimeError: As in `pgd_step`.
     """
-    with _without_gradients(adv, grad, origin, mean, std):
+    with _without_gradients(adv, grad, origin, model_input, mean, std):
         if backend is None:
             torch.ops.pbe_fast.pgd_step_.default(adv, grad, origin, model_input, eps, alpha, norm, mean, std)
         else:
