@@ -105,8 +105,8 @@ void sample_loads(const Stack<In>& stack, const Plane& plane, const Taps& taps, 
 }
 
 template <class In>
-void sample_any(const Stack<In>& stack, const Plane& plane, const Taps& taps, const Window* windows,
-                const std::uint8_t* places, float* sums) {
+void sample_any(const Stack<In>& stack, const Plane& plane, const Taps& taps, [[maybe_unused]] const Window* windows,
+                [[maybe_unused]] const std::uint8_t* places, float* sums) {
   std::int64_t done = 0;
 #ifdef PBE_X86
   if (windows != nullptr) {
