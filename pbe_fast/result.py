@@ -134,7 +134,12 @@ class PurifyResult:
             weight = next(self.model.parameters())
             with eval_mode(self.model), torch.no_grad():
                 logits = self.model(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-            return spec_of(self.model, num_classes=logits.shape[1], image_shape=shape)
+            return spec_of(
+                self.model,
+                num_classes=logits.shape[1],
+                image_shape=shape,
+                class_names=self.train_data.class_names,
+            )
         convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         if not convolutions or not linears:

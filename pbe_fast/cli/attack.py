@@ -121,7 +121,10 @@ def attack(
     resolve_device(device)
     with clock.phase("reading"):
         source = runs.Source.read(data, image_size=image_size, progress=console.progress)
-        tests = runs.Source.read(test, image_size=image_size, progress=console.progress) if test else None
+        tests = None
+        if test is not None:
+            names = source.data.class_names
+            tests = runs.Source.read(test, image_size=image_size, class_names=names, progress=console.progress)
         runs.require_same_kind(source, tests)
         train, clean = runs.reserve(source.data, limit=limit, clean_count=clean_count, seed=seed)
     trigger = make_trigger(config.attack, train.image_shape, **{"seed": seed, **hyperparameters})

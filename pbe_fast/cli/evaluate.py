@@ -60,10 +60,11 @@ def evaluate(
     from pbe_fast.report.tables import metrics_table
 
     dtype = resolve_precision(resolve_device(device), precision)
-    loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std)[0] for path in models}
+    loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in models}
+    names = runs.shared_names({path: spec for path, (_, spec) in loaded.items()})
     named = runs.name_models(models)
     sources = {
-        name: runs.Source.read(origin, image_size=image_size, progress=console.progress)
+        name: runs.Source.read(origin, image_size=image_size, class_names=names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))
         if origin is not None
     }
@@ -71,7 +72,7 @@ def evaluate(
     sets = {name: source.data for name, source in sources.items()}
     metrics = {
         name: runs.measure(
-            loaded[path],
+            loaded[path][0],
             sets["test"],
             sets.get("triggered"),
             device=device,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,10 +140,15 @@ def purify(
             test=test,
             triggered=triggered,
             image_size=image_size,
+            class_names=spec.class_names,
             seed=seed,
             progress=console.progress,
         )
     sets = {name: source.data for name, source in sources.items() if source is not None}
+    if spec.class_names is None:
+        # What the next command is to number its images by.
+        names = sets["train" if "train" in sets else "clean"].class_names
+        spec = dataclasses.replace(spec, class_names=names if len(names) <= spec.num_classes else None)
     for data in sets.values():
         check_model(infected, data.image_shape, data.num_classes)
     console.note(_plan(sets, config, METHOD_NAMES[method]))

@@ -60,14 +60,12 @@ def rank(
     from pbe_fast import runs
     from pbe_fast.result import plain, summarize, write_ranking
 
-    models = {
-        name: runs.open_model(path, arch=arch, width=width, mean=mean, std=std)[0]
-        for name, path in (("infected", infected), ("purified", purified))
-    }
-    source = runs.Source.read(data, image_size=image_size, progress=console.progress)
+    opened = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in (infected, purified)}
+    names = runs.shared_names({path: spec for path, (_, spec) in opened.items()})
+    source = runs.Source.read(data, image_size=image_size, class_names=names, progress=console.progress)
     ranking = runs.rank_with(
-        models["infected"],
-        models["purified"],
+        opened[infected][0],
+        opened[purified][0],
         source.data,
         device=device,
         precision=precision,

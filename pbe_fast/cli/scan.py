@@ -77,8 +77,8 @@ def scan(
     from pbe_fast.engine.precision import resolve_device
 
     resolve_device(device)
-    network, _ = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
-    source = runs.Source.read(data, image_size=image_size, progress=console.progress)
+    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    source = runs.Source.read(data, image_size=image_size, class_names=spec.class_names, progress=console.progress)
     console.note(f"attacking up to {config.images:,} of {len(source.data):,} images of {source.data.name}")
     found = pbe_fast.scan(
         network,

@@ -140,4 +140,10 @@ class Console:
 
     def result(self, text: str, report: Mapping[str, Any]) -> None:
         """What the command was run for: ``report`` with --json, else ``text``."""
-        click.echo(json.dumps(report, indent=2, allow_nan=False) if self.as_json else text)
+        if not self.as_json:
+            click.echo(text)
+            return
+        from pbe_fast.result import plain  # loads torch, which every command with a result has done by now
+
+        # A share of no image is not a number, and JSON has no word for that.
+        click.echo(json.dumps(plain(report), indent=2, allow_nan=False))

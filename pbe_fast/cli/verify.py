@@ -66,9 +66,9 @@ def verify(
     from pbe_fast import runs
     from pbe_fast.export import verify_onnx
 
-    network, _ = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
     sources = {
-        name: runs.Source.read(origin, image_size=image_size, progress=console.progress)
+        name: runs.Source.read(origin, image_size=image_size, class_names=spec.class_names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))
         if origin is not None
     }

@@ -123,6 +123,9 @@ def load_model(
                 f"{folder / CONFIG_NAME} names code to import; got arch '{spec.arch}'; "
                 "accepted: the same name given by you as arch (--arch), where you trust it"
             )
+        if given.get("num_classes", spec.num_classes) != spec.num_classes:
+            # The names were those of other logits.
+            spec = dataclasses.replace(spec, class_names=None)
         spec = dataclasses.replace(spec, **given)
     model = _build(spec)
     state = _fit_normalisation(state, spec)

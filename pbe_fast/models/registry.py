@@ -39,9 +39,11 @@ class ModelSpec:
         width: Channels of the first stage; None for the architecture's own default, or where it has no such choice.
         mean: Per-channel mean of a `Normalized` wrapper, in units of [0, 1]; None without such a wrapper.
         std: Per-channel standard deviation, as ``mean``.
+        class_names: What the logits stand for, in their order, so that a set in which some classes are absent is
+            numbered as the training set was; None where it is not known. Logits beyond them stand for nothing.
 
     Raises:
-        InputError: A number below 1, or one of ``mean`` and ``std`` without the other.
+        InputError: A number below 1, more names than logits, or one of ``mean`` and ``std`` without the other.
     """
 
     arch: str
@@ -51,6 +53,7 @@ class ModelSpec:
     width: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str):
@@ -73,6 +76,13 @@ class ModelSpec:
                 raise InputError("a number in a model spec", got=repr(self), accepted="integers of 1 or more")
         if (self.mean is None) != (self.std is None):
             raise InputError("mean and std of a model spec", got=f"{self.mean} and {self.std}", accepted="both or none")
+        if self.class_names is not None:
+            names = () if isinstance(self.class_names, str) else tuple(self.class_names)
+            if not 1 <= len(names) <= self.num_classes or not all(isinstance(name, str) for name in names):
+                raise InputError(
+                    "class_names of a model spec", got=repr(self.class_names), accepted=f"1 to {self.num_classes} names"
+                )
+            object.__setattr__(self, "class_names", names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -170,7 +180,13 @@ def build_from_spec(spec: ModelSpec) -> nn.Module:
     )
 
 
-def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, int]) -> ModelSpec:
+def spec_of(
+    model: nn.Module,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...] | None = None,
+) -> ModelSpec:
     """The spec under which a model that came as an object can be saved.
 
     Our own networks are recognised, bare or inside a `Normalized`; for any other the arch is ``unknown``, and whoever
@@ -180,6 +196,7 @@ def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, 
         model: Any network.
         num_classes: Number of logits K.
         image_shape: (C, H, W) of its images.
+        class_names: What its logits stand for, where that is known.
     """
     mean = std = None
     if isinstance(model, Normalized):
@@ -189,7 +206,7 @@ def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, 
     for name, kind in _OURS.items():
         if type(model) is kind and isinstance(model, PreActResNet18 | SmallCNN):
             arch, width = name, model.conv1.out_channels
-    return ModelSpec(arch, num_classes, image_shape[0], image_shape[1:], width, mean, std)
+    return ModelSpec(arch, num_classes, image_shape[0], image_shape[1:], width, mean, std, class_names)
 
 
 def is_user_code(arch: str) -> bool:
