@@ -23,6 +23,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import Command, Console, open_output
 from pbe_fast.config import AttackConfig
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast attack --data digits:train --test digits:test --arch small_cnn \\
@@ -108,6 +109,11 @@ def attack(
     """
     config = with_values(AttackConfig(), flags)
     hyperparameters = dict(_name_and_value(text) for text in trigger_option)
+    if taken := [name for name in ("name", "image_shape") if name in hyperparameters]:
+        raise click.BadParameter(
+            f"{taken[0]!r} is settled by --attack and the images; accepted: a hyperparameter of the trigger",
+            param_hint="--trigger-option",
+        )
     open_output(out, force=force)
 
     from pbe_fast import runs
@@ -117,6 +123,7 @@ def attack(
     from pbe_fast.report.tables import metrics_table
     from pbe_fast.triggers import make_trigger
 
+    interrupts.check()
     clock = runs.Clock()
     resolve_device(device)
     with clock.phase("reading"):

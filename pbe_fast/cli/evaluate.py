@@ -15,6 +15,7 @@ from pbe_fast.cli.options import (
     path_option,
 )
 from pbe_fast.cli.shell import Command, Console
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast evaluate --model infected/ --model purified/ \\
@@ -59,6 +60,7 @@ def evaluate(
     from pbe_fast.engine.precision import resolve_device, resolve_precision
     from pbe_fast.report.tables import metrics_table
 
+    interrupts.check()
     dtype = resolve_precision(resolve_device(device), precision)
     loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in models}
     names = runs.shared_names({path: spec for path, (_, spec) in loaded.items()})

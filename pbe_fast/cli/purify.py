@@ -26,6 +26,7 @@ from pbe_fast.cli.options import (
 from pbe_fast.cli.shell import Command, Console, open_output
 from pbe_fast.cli.texts import findings_text, ranking_text
 from pbe_fast.config import PurifyConfig
+from pbe_fast.engine import interrupts
 from pbe_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def purify(
     from pbe_fast.models import check_model
     from pbe_fast.report.tables import metrics_table, named_models
 
+    interrupts.check()
     clock = runs.Clock()
     resolve_device(device)
     infected, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)

@@ -8,6 +8,7 @@ from pbe_fast.cli.options import (
     DATA_HELP,
     INPUT,
     RUN,
+    SEED,
     console_options,
     image_size_option,
     model_options,
@@ -17,6 +18,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console
 from pbe_fast.cli.texts import onnx_text
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast verify --onnx purified/model.onnx --model purified/ \\
@@ -39,7 +41,7 @@ pbe-fast verify --onnx purified/model.onnx --model purified/ \\
     show_default=True,
     help="largest difference of a logit that is accepted",
 )
-@option("--seed", section=RUN, type=click.IntRange(0), metavar="N", default=0, help="of the random images")
+@option("--seed", section=RUN, type=SEED, metavar="N", default=0, help="of the random images")
 @console_options
 @click.pass_context
 def verify(
@@ -66,6 +68,7 @@ def verify(
     from pbe_fast import runs
     from pbe_fast.export import verify_onnx
 
+    interrupts.check()
     network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
     sources = {
         name: runs.Source.read(origin, image_size=image_size, class_names=spec.class_names, progress=console.progress)

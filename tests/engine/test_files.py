@@ -49,7 +49,13 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         f"with atomic_write({str(path)!r}) as t:\n"
         "    t.write_text('ne'); print('writing', flush=True); time.sleep(60)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=_environment())
+    # A child of a process that ignores interrupts, as one under nohup does, would ignore them too.
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == b"writing\n"
     child.send_signal(signal.SIGINT)
