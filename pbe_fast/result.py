@@ -42,9 +42,10 @@ class PurifyResult:
     Attributes:
         model: In eval mode, with the device and dtypes of the model that was given.
         ranking: Of the training set (Eq. 9); None where none was given.
-        history: Of PBE one entry per round: ``extra_set_size``, losses per epoch, ``seconds``, and where the truth is
-            known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``. Of another defence one entry per
-            ``step``, with what it found as ``finding``.
+        history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
+            the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
+            ranking), and where the truth is known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
+            Of another defence one entry per ``step``, with its ``seconds`` and what it found as ``finding``.
         config: The options of the run.
         seed: Of the run.
         seconds: By phase.

@@ -20,7 +20,7 @@ def run(*args: object) -> Result:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "accepted: --table, --figure or --theorem"),
+        ((), "accepted: --table N, --figure N, --scan, --theorem"),
         (("--table", "6"), "table; got 6; accepted: 1, 2, 3, 4, 5"),
         (("--figure", "2"), "figure; got 2; accepted: 1, 3, 4, 5, 6, 7"),
         (("--table", "1", "--seeds", "0;1"), "whole numbers with commas"),
@@ -31,6 +31,9 @@ def run(*args: object) -> Result:
         (("--table", "1", "--data", "nowhere"), "--data; got nowhere, which is no folder"),
         (("--table", "3", "--weights", "nowhere.pt"), "--weights; got nowhere.pt, which is no file"),
         (("--table", "1", "--jobs", "0"), "--jobs"),
+        (("--table", "1", "--scale", "cpu"), "--data; got none, for the images of cifar10; accepted: the folder"),
+        (("--figure", "1", "--scale", "smoke", "--targets", "99"), "target; got 99; accepted: 0, 1, 2"),
+        (("--figure", "1", "--scale", "smoke", "--targets", "3,3"), "targets; got (3, 3); accepted: different"),
     ],
 )
 def test_bad_input(args: tuple, message: str, tmp_path: Path) -> None:
