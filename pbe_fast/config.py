@@ -96,7 +96,8 @@ class PGDConfig:
         _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
         _check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
-        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, "1 without a random start")
+        alone = "1, or more with random_start=True (--random-start)"
+        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, alone)
         _check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.engine.seeding import check_seed
 from pbe_fast.errors import InputError
 from pbe_fast.triggers import Trigger
 
@@ -23,7 +25,7 @@ def target_labels(labels: Tensor, setting: str, target_label: int, num_classes: 
 
 
 def poison(
-    data: ImageSet,
+    data: Any,
     trigger: Trigger,
     *,
     poison_rate: float = 0.10,
@@ -39,7 +41,7 @@ def poison(
     left; these keep their label and are not in ``poison_mask``.
 
     Args:
-        data: Clean training images.
+        data: Clean training images: an `ImageSet`, or anything else that `as_image_set` takes.
         trigger: Made for images of this shape.
         poison_rate: Poisoned images as a fraction of the whole set.
         setting: "all_to_one" or "all_to_all".
@@ -49,6 +51,8 @@ def poison(
     Raises:
         InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
     """
+    data = as_image_set(data)
+    seed = check_seed(seed)
     candidates, count = poison_candidates(
         data, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pbe_fast.baselines import BaselineConfig
 from pbe_fast.config import PurifyConfig, to_dict
 from pbe_fast.data import ImageSet
-from pbe_fast.engine.files import atomic_write, prepare_output, write_text
+from pbe_fast.engine.files import atomic_write, prepare_output, replacing, write_text
 from pbe_fast.engine.forward import eval_mode
 from pbe_fast.engine.machine import describe
 from pbe_fast.engine.profile import Profile
@@ -102,6 +102,8 @@ class PurifyResult:
     ) -> Path:
         """Write ``model.safetensors``, ``config.json``, ``ranking.csv``, pictures and ``report.json``, the report last.
 
+        What an earlier run left there stays until all of them are written.
+
         Args:
             folder: Made if need be.
             spec: How to build the network again. By default what can be told from the model: all of it for our own
@@ -115,18 +117,18 @@ class PurifyResult:
         """
         out = prepare_output(folder, force=force)
         spec = spec or self._spec()
-        discard(out, DERIVED)
-        save_model(self.model, spec, out, extra={"role": "purified"})
-        names = ["model.safetensors", "config.json"]
-        if self.ranking is not None and self.train_data is not None:
-            write_ranking(out / RANKING_NAME, self.ranking, self.train_data)
-            names.append(RANKING_NAME)
-        names += [write_picture(out / f"{name}.png", picture).name for name, picture in self.pictures.items()]
-        if self.profile is not None:
-            # Of the first steps of every phase, for chrome://tracing or Perfetto.
-            names.append(self.profile.write_trace(out / TRACE_NAME).name)
-        # What was asked for at the top, the circumstances below.
-        write_report(out, {**more, **merged(self.report(), more)}, outputs=names)
+        with replacing(out, last=REPORT_NAME, stale=DERIVED) as new:
+            save_model(self.model, spec, new, extra={"role": "purified"})
+            names = ["model.safetensors", "config.json"]
+            if self.ranking is not None and self.train_data is not None:
+                write_ranking(new / RANKING_NAME, self.ranking, self.train_data)
+                names.append(RANKING_NAME)
+            names += [write_picture(new / f"{name}.png", picture).name for name, picture in self.pictures.items()]
+            if self.profile is not None:
+                # Of the first steps of every phase, for chrome://tracing or Perfetto.
+                names.append(self.profile.write_trace(new / TRACE_NAME).name)
+            # What was asked for at the top, the circumstances below.
+            write_report(new, {**more, **merged(self.report(), more)}, outputs=names)
         return out
 
     def _spec(self) -> ModelSpec:

@@ -32,6 +32,8 @@ from pbe_fast.errors import InputError
 if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
+# How Algorithm 1 chooses its extra sets.
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
@@ -121,6 +123,10 @@ def purify(
         raise click.UsageError("--clean-count needs --clean, to draw from")
     if out.resolve() == model.resolve():
         raise InputError("--out", got=f"{out}, which is --model", accepted="another folder")
+    if method == "pbe" and clean is not None:
+        unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
+        if unused:
+            console.note(f"note: {', '.join(unused)} changes nothing with --clean: there is no extra set to choose")
     open_output(out, force=force)
 
     import pbe_fast

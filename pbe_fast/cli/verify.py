@@ -19,6 +19,7 @@ from pbe_fast.cli.options import (
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console
 from pbe_fast.cli.texts import onnx_text
 from pbe_fast.engine import interrupts
+from pbe_fast.errors import InputError
 
 _EXAMPLE = """
 pbe-fast verify --onnx purified/model.onnx --model purified/ \\
@@ -67,6 +68,7 @@ def verify(
     """
     from pbe_fast import runs
     from pbe_fast.export import verify_onnx
+    from pbe_fast.export.graph import read_graph
 
     interrupts.check()
     network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
@@ -76,6 +78,13 @@ def verify(
         if origin is not None
     }
     runs.require_true_labels(sources.get("triggered"))
+    # Of images that fit neither the file nor the model, they are what is wrong.
+    shape, wanted = sources["test"].data.image_shape, spec.image_shape if spec.image_size is not None else None
+    if wanted is not None and shape != wanted and onnx.is_file():
+        taken = read_graph(onnx.read_bytes(), str(onnx)).image_shape
+        if shape != taken:
+            accepted = f"{taken}, as the file takes them (--image-size PIXELS resizes)"
+            raise InputError(f"image shape of {test}", got=shape, accepted=accepted)
     found = verify_onnx(
         onnx,
         network,

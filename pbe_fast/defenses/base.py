@@ -127,7 +127,7 @@ class Work:
 
 
 class Defense(ABC, Generic[C]):
-    """A defence that needs clean images, with the call of `pbe_fast.purify`.
+    """A defence that needs clean images: `pbe_fast.purify` with these as its second argument.
 
     Subclasses name their ``method`` and write `run`.
     """

@@ -101,6 +101,9 @@ def load_model(
         InputError: Not there, damaged, or weights that do not fit the network, naming keys and shapes.
         UnsafeFileError: A pickle with code in it, or a config that names the user's own code while ``arch`` does not.
     """
+    if (mean is None) != (std is None):
+        got = "mean without std" if std is None else "std without mean"
+        raise InputError("normalisation of the images (--mean, --std)", got=got, accepted="both or none")
     path = Path(path)
     folder, weights = (path, path / WEIGHTS_NAME) if path.is_dir() else (path.parent, path)
     state = read_weights(weights)

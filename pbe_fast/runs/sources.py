@@ -148,7 +148,7 @@ def reserve(data: ImageSet, *, limit: int | None, clean_count: int, seed: int) -
         raise InputError(
             f"training images and clean images out of the {len(data)} of {data.name}",
             got=f"{'all' if limit is None else limit} and {clean_count}",
-            accepted=f"together at most {len(data)}, and at least one to train on",
+            accepted=f"together at most {len(data)}, and at least one to train on (--limit, --clean-count)",
         )
     clean = None
     if clean_count:
@@ -212,5 +212,11 @@ def purification_sets(
             class_names = source.data.class_names
     require_true_labels(sets["triggered"])
     if (whole := sets["clean"]) is not None and clean_count is not None and clean_count != len(whole.data):
+        if not 1 <= clean_count < len(whole.data):
+            raise InputError(
+                f"clean images to draw from {whole.origin} (--clean-count)",
+                got=f"{clean_count} of {len(whole.data)} images",
+                accepted=f"1 to {len(whole.data)}",
+            )
         sets["clean"] = dataclasses.replace(whole, data=split(whole.data, clean_count, seed=seed)[0])
     return sets

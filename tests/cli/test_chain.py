@@ -11,8 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import pbe_fast.result
 from pbe_fast.cli import main
-from pbe_fast.data import as_image_set
+from pbe_fast.data import ImageSet, as_image_set, save_npz
 from pbe_fast.models import load_model
 
 METRICS = {"acc", "asr", "asr_with_target", "recovered_acc"}
@@ -233,10 +234,56 @@ def test_export_and_verify(infected: Path, purified: Path, tmp_path: Path) -> No
     other = run("verify", "--onnx", onnx, "--model", infected, *sets)
     assert other.exit_code == 1
     assert "differs from the model" in other.stdout and "accepted: 0.0001" in other.stderr
+    large = tmp_path / "large.npz"
+    save_npz(as_image_set("digits:test", size=20), large)
+    wrong = run("verify", "--onnx", onnx, "--model", purified, "--test", large)
+    assert wrong.exit_code == 2 and "got (1, 20, 20); accepted: (1, 16, 16)" in wrong.stderr
+    assert "--image-size" in wrong.stderr
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(onnx.read_bytes()[:2000])
     assert run("verify", "--onnx", damaged, "--model", purified, *sets).exit_code == 1
     assert run("verify", "--onnx", tmp_path / "no.onnx", "--model", purified, *sets).exit_code == 2
+
+
+def test_options_that_change_nothing_are_told(infected: Path, tmp_path: Path) -> None:
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", tmp_path / "out")
+    result = run(*args, "--fractions", "0.5,1", "--hard-quantile", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "note: --fractions, --hard-quantile changes nothing with --clean" in result.stderr
+    assert "changes nothing" not in run(*args, "--force").stderr
+
+
+def test_spare_logits_are_told_once(infected: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.npz"
+    data = as_image_set("digits:test")
+    chosen = (data.labels < 4).nonzero()[:, 0]
+    save_npz(ImageSet(data.images[chosen], data.labels[chosen], tuple("abcd")), few)
+    # Weights alone say nothing of classes.
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((infected / "model.safetensors").read_bytes())
+    args = ("evaluate", "--model", weights, "--arch", "small_cnn", "--test", few)
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("note: the data has 4 classes and the model 10 logits") == 1
+    assert run(*args, "--quiet").stderr == ""
+
+
+def test_a_run_that_cannot_be_written_leaves_the_old_one(
+    infected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", tmp_path / "out")
+    assert run(*args).exit_code == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pbe_fast.result, "write_ranking", full)
+    result = run(*args, "--force", "--seed", 1)
+    assert result.exit_code == 2 and "no space left" in result.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 def test_force_replaces_a_run_and_what_was_made_from_it(infected: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from pbe_fast.cli import main
 from pbe_fast.data import ImageSet, as_image_set, save_npz
@@ -103,11 +104,20 @@ def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: P
     purify = ("purify", "--model", model)
     small = tmp_path / "small.npz"
     save_npz(ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), tuple("0123456789AB")), small)
+    sizes = tmp_path / "sizes"
+    (sizes / "0").mkdir(parents=True)
+    for side in (8, 9):
+        Image.new("L", (side, side)).save(sizes / "0" / f"{side}.png")
     cases = [
         ((*purify, *out), "got neither train nor clean"),
         (("purify", "--model", tmp_path / "none", "--train", test_set, *out), "none"),
         ((*purify, "--clean", test_set, "--out", model), "which is --model"),
-        ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "5000 of 359 images"),
+        ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "(--clean-count); got 5000 of 359 images"),
+        ((*purify, "--clean", test_set, "--mean", "0.5", *out), "(--mean, --std); got mean without std"),
+        ((*purify, "--clean", test_set, "--std", "0.5", *out), "(--mean, --std); got std without mean"),
+        ((*purify, "--clean", test_set, "--restarts", 3, *out), "1, or more with random_start=True (--random-start)"),
+        ((*purify, "--train", "", *out), "data; got an empty name"),
+        ((*purify, "--train", sizes, *out), "(--image-size PIXELS)"),
         ((*purify, "--train", small, *out), "fewer logits than the data has classes; got 10 logits and 12 classes"),
         ((*purify, "--train", test_set, "--triggered", test_set, *out), "got no clean test images"),
         ((*purify, "--clean", test_set, "--test", test_set, "--triggered", test_set, *out), "without true labels"),
