@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Of 0.1 to 1000, in decades; beyond that shares are all but free, or all but multinomial.
 _DECADES = (-1.0, 3.0)
+LEAST_REPRESENTED = 0.5
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Largest:
         total: Images that it is a share of.
         candidates: Shares that were looked at.
         destinations: Labels that each image can reach, at least 2.
+        represented: How many of the labels that could have misled images have some, as a share. Each label's images
+            count as one vote; the fewer vote, the more uneven is their mean.
     """
 
     share: float
     total: int
     candidates: int
     destinations: int
+    represented: float = 1.0
 
     @property
     def times_even(self) -> float:
@@ -41,15 +45,25 @@ class Largest:
         return self.share * self.destinations
 
     def p_value(self, concentration: float) -> float:
-        """P(a largest share of this or more) under the null, by Sidak's formula for the candidates."""
-        upper = _log_upper(self.total, self.destinations, concentration)[round(self.share * self.total)]
-        return float(_any_of(self.candidates, upper))
+        """P(a largest share of this or more) under the null, by Sidak's formula for the candidates.
+
+        1 where fewer than half of the labels vote: of a few labels nobody knows how uneven they may be.
+        """
+        if self.represented < LEAST_REPRESENTED:
+            return 1.0
+        return float(_any_of(self.candidates, self.log_upper(concentration)[round(self.share * self.total)]))
 
     def critical(self, significance: float, concentration: float) -> float:
         """The least share whose p-value is below ``significance``; infinite where none is."""
-        upper = _log_upper(self.total, self.destinations, concentration)
+        if self.represented < LEAST_REPRESENTED:
+            return math.inf
+        upper = self.log_upper(concentration)
         below = (_any_of(self.candidates, upper) < significance).nonzero()
         return float(below[0, 0]) / self.total if len(below) else math.inf
+
+    def log_upper(self, concentration: float) -> Tensor:
+        """log P(one given share is x / total or more), x of 0 to ``total``, for the concentration of all labels."""
+        return _log_upper(self.total, self.destinations, concentration * self.represented)
 
 
 def fit_concentration(largest: Iterable[Largest]) -> float:
@@ -72,7 +86,7 @@ def fit_concentration(largest: Iterable[Largest]) -> float:
 
 def _log_likelihood(largest: Largest, concentration: float) -> float:
     """log P(the largest share is exactly this one)."""
-    upper = _any_of(largest.candidates, _log_upper(largest.total, largest.destinations, concentration))
+    upper = _any_of(largest.candidates, largest.log_upper(concentration))
     here = round(largest.share * largest.total)
     beyond = float(upper[here + 1]) if here < largest.total else 0.0
     return math.log(max(float(upper[here]) - beyond, 1e-300))

@@ -228,7 +228,7 @@ class ScanConfig:
     norm: str = option("linf", "norm of the ball", ("linf", "l2"))
     eps: tuple[float, ...] = option(
         tuple(level / 255 for level in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
-        "radii of the ball, rising; four of them are tested, by how many images they move",
+        "radii of the ball, rising; three of them are tested, by how many images they move",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
@@ -254,7 +254,7 @@ class AttackConfig:
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        TrainingConfig(lr=0.1, batch_size=64, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
+        TrainingConfig(lr=0.1, batch_size=32, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
     input_aware: InputAwareConfig = option(InputAwareConfig(), "networks of --attack input_aware")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.attraction import arrival_shares, reached_labels, shift_shares
-from pbe_fast.calibration import Largest
+from pbe_fast.calibration import LEAST_REPRESENTED, Largest
 from pbe_fast.config import PGDConfig, ScanConfig, to_dict
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.files import prepare_output
@@ -35,14 +35,12 @@ _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 
 # Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`.
 CONCENTRATION = {
-    ("all_to_all", "beyond"): 8.79,
-    ("all_to_all", "far"): 6.11,
-    ("all_to_all", "most"): 5.49,
-    ("all_to_all", "quarter"): 4.05,
-    ("all_to_one", "beyond"): 1.22,
-    ("all_to_one", "far"): 0.42,
-    ("all_to_one", "most"): 2.52,
-    ("all_to_one", "quarter"): 2.99,
+    ("all_to_all", "beyond"): 9.42,
+    ("all_to_all", "most"): 5.40,
+    ("all_to_all", "quarter"): 4.40,
+    ("all_to_one", "beyond"): 1.16,
+    ("all_to_one", "most"): 2.65,
+    ("all_to_one", "quarter"): 2.74,
 }
 _SHARES: dict[str, Callable[[Tensor], Tensor]] = {"all_to_one": arrival_shares, "all_to_all": shift_shares}
 
@@ -82,7 +80,13 @@ class ScanLevel:
         # A label's own images cannot arrive at it.
         excluded = int(self.counts[at].sum() - self.counts[at, at]) if setting == "all_to_one" else 0
         total = int(self.histogram.sum()) - excluded
-        return Largest(float(shares[at]), max(1, total), len(shares), len(self.counts) - 1)
+        voters = self.counts.sum(1) > self.counts.diagonal()
+        possible = len(voters)
+        if setting == "all_to_one":
+            voters[at] = False
+            possible -= 1
+        represented = max(1, int(voters.sum())) / possible
+        return Largest(float(shares[at]), max(1, total), len(shares), len(self.counts) - 1, represented)
 
     def p_value(self, setting: str) -> float:
         """How often a benign model has a share as large at this level; not corrected for looking at several levels."""
@@ -248,8 +252,8 @@ def scan(
         progress: Whether steps longer than two seconds show a bar, on stderr.
 
     Raises:
-        InputError: Fewer than three classes, a model that does not fit the images or answers none of them rightly, or
-            radii too small to move a quarter of them.
+        InputError: Fewer than three classes, a model that does not fit the images, images that it answers rightly of
+            fewer than half of the classes, or radii too small to move a quarter of them.
     """
     config = config or ScanConfig()
     where = resolve_device(device)
@@ -265,6 +269,13 @@ def scan(
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, where):
         sample = _sample(scanned, data, config.images, generator, dtype).to(where)
+        labels = len(sample.labels.unique())
+        if labels < LEAST_REPRESENTED * data.num_classes:
+            raise InputError(
+                "images to scan with",
+                got=f"some that the model answers rightly of {labels} of {data.num_classes} classes",
+                accepted="of half of the classes at least",
+            )
         levels = _attack(scanned, sample, config, generator=generator, dtype=dtype, progress=progress)
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pbe_fast
+from pbe_fast.calibration import Largest
 from pbe_fast.config import ScanConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
@@ -83,6 +84,49 @@ def test_the_significance_decides() -> None:
     assert _scan(Stripes(), significance=min(0.999, 1.01 * benign.p_value)).found or benign.p_value == 1
     strict = _scan(Stripes(target=4), significance=1e-300)
     assert strict.verdict == "none" and strict.target_label is None
+
+
+class Neighbours(Stripes):
+    """Benign, and each stripe is nearest to one other: to a third of them the next one."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        nearest = F.one_hot(torch.tensor([1, 5, 3, 1, 3, 4]), K).float()
+        return logits + 2 * (5 * logits).softmax(1) @ nearest
+
+
+def _only(classes: tuple[int, ...]) -> ImageSet:
+    data = _stripes(600)
+    return data.select(torch.isin(data.labels, torch.tensor(classes)).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("classes", [(2, 3, 4), tuple(range(K))])
+def test_few_classes_are_few_votes(classes: tuple[int, ...]) -> None:
+    benign = pbe_fast.scan(Neighbours(), _only(classes), device="cpu", precision="fp32")
+    moved = benign.level.counts - benign.level.counts.diagonal().diag()
+    assert (moved.max(1).values >= 0.4 * moved.sum(1)).all()  # twice an even share, label by label
+    assert benign.verdict == "none"
+
+
+def test_a_class_or_two_say_nothing() -> None:
+    with pytest.raises(InputError, match="rightly of 2 of 6 classes; accepted: of half of the classes"):
+        pbe_fast.scan(Neighbours(), _only((2, 3)), device="cpu", precision="fp32")
+    alone = ScanLevel("most", 0.1, torch.tensor([[0, 9, 1], [0, 0, 0], [0, 0, 0]]))
+    assert alone.p_value("all_to_all") == 1
+    assert alone.p_value("all_to_one") < 1
+
+
+def test_the_share_of_labels_that_vote() -> None:
+    counts = torch.tensor([[5, 3, 2], [0, 10, 0], [1, 4, 5]])
+    level = ScanLevel("most", 0.1, counts)
+    assert level.largest("all_to_all").represented == pytest.approx(2 / 3)
+    # Label 1 has the largest share; of the two others both vote.
+    assert level.largest("all_to_one").represented == 1
+    alone = ScanLevel("most", 0.1, torch.tensor([[0, 9, 1], [0, 0, 0], [0, 0, 0]]))
+    assert alone.largest("all_to_one").represented == 0.5
+    few, all_of_them = alone.largest("all_to_one"), Largest(0.9, 10, 3, 2)
+    assert few.p_value(2.0) == pytest.approx(all_of_them.p_value(1.0))
+    assert few.p_value(2.0) > all_of_them.p_value(2.0)
 
 
 def test_the_radii_rise_until_one_is_beyond(to_one: ScanResult) -> None:

@@ -62,6 +62,7 @@ def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[
 @path_option(
     "--out", section=OUTPUT, default="runs/reproduce", show_default=True, help="folder of the cells; finished ones stay"
 )
+@path_option("--drawings", section=OUTPUT, help="folder of the tables and figures  [default: OUT/SCALE]")
 @option(
     "--draw-only", section=RUN, is_flag=True, help="train and measure nothing: tables and figures of finished cells"
 )
@@ -83,6 +84,7 @@ def reproduce(
     data: Path | None,
     weights: Path | None,
     out: Path,
+    drawings: Path | None,
     draw_only: bool,
     jobs: int,
     device: str,
@@ -126,6 +128,7 @@ def reproduce(
     if data is None and not draw_only and (real := [name for name in unmade if name != "digits"]):
         raise InputError("--data", got=f"none, for the images of {', '.join(real)}", accepted="the folder with them")
     folder = prepare_output(out / scale, force=True)
+    drawn = folder if drawings is None else prepare_output(drawings, force=True)
     there = sum(store.done(cell) for cell in cells)
     console.note(f"{len(cells)} cells at scale {scale}, {there} of them finished; {folder}")
     failed: dict[str, str] = {}
@@ -135,13 +138,13 @@ def reproduce(
     texts, written, report = [], [], _report(cells, store, failed)
     for number in request.tables:
         table = make_table(number, request, chosen, store)
-        written += table.save(folder)
+        written += table.save(drawn)
         texts.append(table.markdown())
     if scan:
         texts.append(make_scan_table(request, chosen, store))
-        written.append(save_scan_table(texts[-1], folder))
+        written.append(save_scan_table(texts[-1], drawn))
     for number in request.figures:
-        path = draw_figure(number, folder, request, chosen, store)
+        path = draw_figure(number, drawn, request, chosen, store)
         if path is None:
             console.note(f"figure {number}: no cell of it is finished, nothing is drawn")
         else:

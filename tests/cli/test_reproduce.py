@@ -68,6 +68,15 @@ def test_drawing_alone_trains_nothing(tmp_path: Path) -> None:
     assert (report["cells"], report["finished"], report["failed"]) == (9, 1, {})
 
 
+def test_drawings_can_go_elsewhere(tmp_path: Path) -> None:
+    args = ("--scale", "smoke", "--table", "1", "--scan", "--draw-only", "--out", tmp_path / "a")
+    result = run(*args, "--drawings", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["table-1.csv", "table-1.md", "table-scan.md"]
+    assert list((tmp_path / "a" / "smoke").iterdir()) == []
+    assert "0 of 0 infected models" in result.stdout
+
+
 def test_cells_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     result = run(

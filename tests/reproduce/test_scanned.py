@@ -66,8 +66,8 @@ def test_the_table_counts_hits_and_false_alarms(tmp_path: Path, made_up: Callabl
 
 def test_a_model_is_scanned_with_its_clean_images(tmp_path: Path, tiny: Scale) -> None:
     # Long enough a training that there are answers to move.
-    plan = dataclasses.replace(tiny.plans["digits"], epochs=6, limit=1000)
-    scan = ScanConfig(eps=(0.2, 0.5, 0.9), steps=2, images=10)
+    plan = dataclasses.replace(tiny.plans["digits"], epochs=12, limit=1000)
+    scan = ScanConfig(eps=(0.2, 0.5, 0.9), steps=2, images=60)
     scale = dataclasses.replace(tiny, plans={"digits": plan}, scan=scan)
     request = Request(scan=True, attacks=("badnets",))
     assert make_cells(cells_of(request, scale), Job(scale=scale, root=tmp_path), show_progress=False) == {}
@@ -76,6 +76,6 @@ def test_a_model_is_scanned_with_its_clean_images(tmp_path: Path, tiny: Scale) -
         entry = store.read(cell)
         assert entry is not None
         assert 0 <= entry["metrics"]["p_value"] <= 1
-        assert entry["scan"]["images"] <= 10
+        assert entry["scan"]["images"] <= 60
         assert entry["config"]["options"]["steps"] == 2
     assert "of 2 infected models" in make_scan_table(request, scale, store)
