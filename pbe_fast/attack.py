@@ -102,8 +102,8 @@ def train_infected(
         "dtype": resolve_precision(where, precision),
         "show_progress": progress,
     }
-    # A generator takes 64 bits.
-    first_draw = seed * 10_007 % 2**63
+    # A generator takes 64 bits, and the epochs are added to it.
+    first_draw = seed * 10_007 % 2**62
     with seeded(seed, where):
         if isinstance(trigger, InputAware):
             trigger, clean = copy.deepcopy(trigger).to(where), clean.to(where)

@@ -51,34 +51,34 @@ def poison(
     Raises:
         InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
     """
-    data = as_image_set(data)
+    clean = as_image_set(data)
     seed = check_seed(seed)
     candidates, count = poison_candidates(
-        data, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
+        clean, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
     )
-    targets = target_labels(data.labels, setting, target_label, data.num_classes)
+    targets = target_labels(clean.labels, setting, target_label, clean.num_classes)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(candidates), generator=generator).to(data.device)
+    order = torch.randperm(len(candidates), generator=generator).to(clean.device)
     chosen = candidates[order[:count]]
-    mask = torch.zeros(len(data), dtype=torch.bool, device=data.device)
+    mask = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
     mask[chosen] = True
 
-    images = data.images.clone()
+    images = clean.images.clone()
     _stamp(images, chosen, trigger)
     if trigger.cover_ratio > 0:
         rest = (~mask).nonzero()[:, 0]
-        order = torch.randperm(len(rest), generator=generator).to(data.device)
+        order = torch.randperm(len(rest), generator=generator).to(clean.device)
         covered = rest[order[: round(trigger.cover_ratio * count)]]
         # Each one's other is the one before it, and the first one's a poisoned image: never itself.
         others = torch.cat([chosen[-1:], covered])[:-1]
-        _cover(images, covered, data.images, others, trigger, draw=seed)
+        _cover(images, covered, clean.images, others, trigger, draw=seed)
     return dataclasses.replace(
-        data,
+        clean,
         images=images,
-        labels=torch.where(mask, targets, data.labels),
+        labels=torch.where(mask, targets, clean.labels),
         poison_mask=mask,
-        true_labels=data.labels,
-        name=f"{data.name}+{trigger.name}",
+        true_labels=clean.labels,
+        name=f"{clean.name}+{trigger.name}",
     )
 
 

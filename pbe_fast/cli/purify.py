@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,9 @@ def purify(
             console.note(f"note: {', '.join(unused)} changes nothing with --clean: there is no extra set to choose")
     open_output(out, force=force)
 
+    if profile:
+        # Kineto, torch's profiler, announces itself on stderr; what it is told before torch is loaded holds.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import pbe_fast
     from pbe_fast import runs
     from pbe_fast.engine.precision import resolve_device

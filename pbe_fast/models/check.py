@@ -66,7 +66,8 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
             f"the data has {num_classes} classes and the model {logits.shape[1]} logits: those beyond the classes "
             "count as wrong answers; if the data only lacks some classes, class_names says which label is which",
             PBEWarning,
-            stacklevel=3,
+            # The caller of purify and its like, which are decorated.
+            stacklevel=4,
         )
     return int(logits.shape[1])
 

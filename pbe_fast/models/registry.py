@@ -79,7 +79,8 @@ class ModelSpec:
         if (self.mean is None) != (self.std is None):
             raise InputError("mean and std of a model spec", got=f"{self.mean} and {self.std}", accepted="both or none")
         if self.class_names is not None:
-            names = () if isinstance(self.class_names, str) else tuple(self.class_names)
+            given: object = self.class_names
+            names = tuple(given) if isinstance(given, list | tuple) else ()
             if not 1 <= len(names) <= self.num_classes or not all(isinstance(name, str) for name in names):
                 raise InputError(
                     "class_names of a model spec", got=repr(self.class_names), accepted=f"1 to {self.num_classes} names"
