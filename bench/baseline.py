@@ -25,6 +25,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.ranking import Ranking, rank_images
+from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
 
 transforms = import_torchvision().transforms
@@ -143,9 +144,15 @@ def purify_plainly(
     train = train.to("cpu")
     generator = torch.Generator().manual_seed(seed)
     attracting = torch.zeros(train.num_classes, dtype=torch.bool)
-    if config.initial == "hard":
+    if config.initial != "random":
         attracting = attracting_labels(attack_shares_plainly(infected, train, config.pgd, generator, where))
-    chosen = initial_extra_set(logits_of(infected, train, where), train.labels, attracting, config, generator)
+
+    def fragility(ids: Tensor) -> Tensor:
+        return fragility_plainly(infected, train.select(ids), where)
+
+    chosen = initial_extra_set(
+        logits_of(infected, train, where), train.labels, attracting, config, generator, fragility=fragility
+    )
     for t in range(len(config.fractions)):
         teacher = infected if t == 0 and attracting.any() else None
         fine_tune(purified, train, chosen, config, teacher=teacher, device=where)
@@ -156,6 +163,17 @@ def purify_plainly(
             agrees = purified_logits.argmax(1) == train.labels
             chosen = next_extra_set(ranking, train.labels, attracting, config.fractions[t + 1], agrees=agrees)
     return PlainResult(purified.eval(), ranking)
+
+
+def fragility_plainly(model: nn.Module, data: ImageSet, device: torch.device) -> Tensor:
+    """pbe_fast.steadiness.fragility, image set by image set."""
+    logits, worst = logits_of(model, data, device), torch.zeros(len(data))
+    for view in VIEWS.values():
+        changed = dataclasses.replace(data, images=seen(data.images, view))
+        answers = logits_of(model, changed, device)
+        if kept(answers, logits, data.labels):
+            worst = torch.maximum(worst, rise(answers, logits, data.labels))
+    return worst
 
 
 def fine_tune(

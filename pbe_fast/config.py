@@ -167,10 +167,12 @@ class PurifyConfig:
         (0.10, 0.30, 0.60, 0.70), "without a clean set: the extra set's share of the training set, by round"
     )
     initial: str = option(
-        "hard",
-        "the first extra set without a clean set: random (the paper), or hard images of labels that attract no attack",
-        ("hard", "random"),
+        "steady",
+        "the first extra set without a clean set: random (the paper), hard images of labels that attract no attack, or "
+        "those of them whose label withstands small changes of the picture",
+        ("steady", "hard", "random"),
     )
+    steady_share: float = option(0.5, "how much of the images asked about counts as steady")
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
 
     def __post_init__(self) -> None:
@@ -185,7 +187,8 @@ class PurifyConfig:
         )
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
-        _check(self.initial in ("hard", "random"), "initial", self.initial, "hard, random")
+        _check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
+        _check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
         _check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
 
     @classmethod

@@ -1,12 +1,13 @@
 """Which training images make up the extra set D_ext, without any trusted image (Algorithm 1, lines 1 and 7).
 
 The paper draws D_ext^0 at random. Where the trigger is easy to learn, its poisoned tenth then teaches it again, and the
-ranking comes out inverted: poisoned images change least. Two things that a defender can see keep them out.
+ranking comes out inverted: poisoned images change least. Three things that a defender can see keep them out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,36 +18,48 @@ from pbe_fast.ranking import Ranking, otsu_threshold
 
 
 def initial_extra_set(
-    infected_logits: Tensor, labels: Tensor, attracting: Tensor, config: PurifyConfig, generator: torch.Generator
+    infected_logits: Tensor,
+    labels: Tensor,
+    attracting: Tensor,
+    config: PurifyConfig,
+    generator: torch.Generator,
+    *,
+    fragility: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """D_ext^0: indices drawn at random, from all images (the paper) or from those that are seldom poisoned.
 
     A label that attracts adversarial images may be the attacker's target, and its images poisoned ones: none is taken.
-    Under the other labels, what the infected model finds hard (a high loss) seldom carries a trigger, which is the
-    easiest thing that it learned.
+    Under the other labels, an image whose label does not withstand small changes of the picture may owe it to a
+    trigger; and what the infected model finds hard (a high loss) seldom carries one: it is the easiest thing to learn.
 
     Args:
         infected_logits: (N, K) of the training set.
         labels: (N,) int64.
         attracting: (K,) bool, see `pbe_fast.attraction.attracting_labels`.
-        config: ``fractions[0]`` sets the size, ``initial`` and ``hard_quantile`` the choice.
+        config: ``fractions[0]`` sets the size, ``initial``, ``steady_share`` and ``hard_quantile`` the choice.
         generator: On the CPU.
+        fragility: For ``initial="steady"``: of indices (n,) how little each image withstands, (n,); see
+            `pbe_fast.steadiness`. It is asked about no more images than it takes.
 
     Returns:
         int64 indices.
     """
     count = max(1, round(config.fractions[0] * len(labels)))
     candidates = torch.arange(len(labels), device=labels.device)
-    if config.initial == "hard":
+    if config.initial != "random":
         trusted = candidates[~attracting.to(labels.device)[labels]]
+        if config.initial == "steady" and len(trusted) > 0:
+            assert fragility is not None
+            pool = _drawn(trusted, math.ceil(count / config.hard_quantile), generator)
+            steady = max(count, math.ceil(config.steady_share * len(pool)))
+            trusted = pool[fragility(pool).argsort(stable=True)[:steady]]
         loss = F.cross_entropy(infected_logits, labels, reduction="none")
         # Enough candidates for the count, however many labels are left out.
         share = min(1.0, max(config.hard_quantile, count / max(1, len(trusted))))
         if len(trusted) > 0:
             kept = labels[trusted]
             candidates = torch.cat([_hardest(loss, trusted[kept == k], share) for k in kept.unique()])
-    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
-    return candidates[drawn]
+    return _drawn(candidates, count, generator)
 
 
 def next_extra_set(
@@ -79,6 +92,11 @@ def next_extra_set(
             better = better[agrees[better]]
         chosen.append(_first(better, fraction))
     return torch.cat(chosen)
+
+
+def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of them, or all, in random order."""
+    return candidates[torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)]
 
 
 def _first(order: Tensor, fraction: float) -> Tensor:

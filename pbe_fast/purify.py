@@ -29,6 +29,7 @@ from pbe_fast.mirroring import resolve_augment
 from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
 from pbe_fast.result import PurifyResult
+from pbe_fast.steadiness import fragility
 
 # Told after each round: its number, the model as it then is, and its ranking (None where nothing is ranked).
 OnRound = Callable[[int, nn.Module, Ranking | None], object]
@@ -172,7 +173,14 @@ class _Run:
         infected_logits = self._infected_logits(train)
         # Initialisation: D_ext^0
         attracting = self._attracting_labels(train)
-        chosen = initial_extra_set(infected_logits, train.labels, attracting, self.config, self.generator)
+        chosen = initial_extra_set(
+            infected_logits,
+            train.labels,
+            attracting,
+            self.config,
+            self.generator,
+            fragility=lambda ids: self._fragility(train, ids, infected_logits),
+        )
         ranking: Ranking | None = None
         for t in range(len(self.config.fractions)):
             # Steps 1 and 2: theta^t becomes theta^(t+1)
@@ -210,6 +218,12 @@ class _Run:
                     dtype=self.dtype,
                     show_progress=self.progress,
                 )
+            )
+
+    def _fragility(self, train: ImageSet, ids: Tensor, infected_logits: Tensor) -> Tensor:
+        with self._phase("steady images"):
+            return fragility(
+                self.infected, train, ids, infected_logits[ids], dtype=self.dtype, show_progress=self.progress
             )
 
     def _purify_model(

@@ -126,3 +126,42 @@ def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_wi
     assert len(chosen) == 2  # of the better half, 0 to 4
     none_agree = torch.zeros(10, dtype=torch.bool)
     assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
+
+
+def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
+    labels = torch.arange(400) % 4
+    fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
+    asked: list[Tensor] = []
+
+    def fragility(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        return fragile[ids]
+
+    config = PurifyConfig(initial="steady", fractions=(0.1,), hard_quantile=0.25, steady_share=0.5)
+    generator = torch.Generator().manual_seed(0)
+    chosen = initial_extra_set(_scores(400), labels, SECOND, config, generator, fragility=fragility)
+    assert len(chosen) == len(chosen.unique()) == 40
+    assert not (labels[chosen] == 1).any()
+    # As many are asked about as it takes: half of them steady, half of those hard.
+    (pool,) = asked
+    assert len(pool) == len(pool.unique()) == 160
+    assert (fragile[chosen] <= fragile[pool].sort().values[79]).all()
+    steady = pool[fragile[pool].argsort()[:80]]
+    loss = F.cross_entropy(_scores(400), labels, reduction="none")
+    for k in (0, 2, 3):
+        mine = steady[labels[steady] == k]
+        least = loss[mine].sort(descending=True).values[math.ceil(0.5 * len(mine)) - 1]
+        assert (loss[chosen][labels[chosen] == k] >= least).all()
+
+
+def test_a_steady_set_as_large_as_everything() -> None:
+    config = PurifyConfig(initial="steady", fractions=(1.0,))
+    chosen = initial_extra_set(
+        _scores(40),
+        torch.arange(40) % 4,
+        NONE,
+        config,
+        torch.Generator().manual_seed(0),
+        fragility=lambda ids: torch.zeros(len(ids)),
+    )
+    assert len(chosen.unique()) == 40

@@ -299,7 +299,7 @@ def test_data_larger_than_the_device_give_the_same_result(
     on_disk = (np.load(tmp_path / "images.npy", mmap_mode="r"), infected.train_data.labels.numpy())
     clean = quarters(40, seed=1) if with_clean_set else None
     finetune = dataclasses.replace(PLAIN, augment="crop+flip")
-    config = dataclasses.replace(QUICK, finetune=finetune, initial="hard")
+    config = dataclasses.replace(QUICK, finetune=finetune, initial="steady")
     results = []
     for data, limit in ((infected.train_data, None), (infected.train_data, 500), (on_disk, 500)):
         sent.clear()

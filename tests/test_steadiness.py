@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pbe_fast.data import ImageSet
+from pbe_fast.engine.forward import predict_logits
+from pbe_fast.steadiness import VIEWS, fragility, kept, rise, seen
+
+SHAPES = [(1, 4, 4), (3, 8, 8), (3, 33, 47), (2, 64, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_a_changed_picture_is_a_picture(name: str, shape: tuple[int, int, int]) -> None:
+    images = torch.randint(0, 256, (5, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = seen(images, VIEWS[name])
+    assert changed.shape == images.shape and changed.dtype == torch.uint8
+    assert not torch.equal(changed, images)
+    # Each by itself, whatever it is in a batch with.
+    assert torch.equal(seen(images[3:4], VIEWS[name]), changed[3:4])
+    # No change makes anything of a grey picture but noise does.
+    grey = torch.full((1, *shape), 100, dtype=torch.uint8)
+    assert torch.equal(seen(grey, VIEWS[name]), grey) == (name != "noisy")
+
+
+def test_what_each_change_does_with_a_point() -> None:
+    point = torch.zeros(1, 1, 16, 16)
+    point[0, 0, 4, 6] = 1.0
+    at = {name: [tuple(i) for i in (view(point)[0, 0] > 0.4).nonzero().tolist()] for name, view in VIEWS.items()}
+    assert at["mirrored"] == [(4, 9)]
+    assert at["moved down"] == [(6, 8)]
+    assert at["moved up"] == [(2, 4)]
+    assert VIEWS["blurred"](point)[0, 0, 3:6, 5:8].flatten().tolist() == [n / 16 for n in (1, 2, 1, 2, 4, 2, 1, 2, 1)]
+    assert at["framed"] == [(4, 6)]
+    corner = torch.zeros(1, 1, 16, 16)
+    corner[0, 0, -1, -1] = 1.0
+    assert float(VIEWS["framed"](corner).max()) == pytest.approx(1 / 256)
+    assert at["noisy"] == [(4, 6)]
+
+
+def test_a_square_turned_four_ways_is_the_same_in_any_shape() -> None:
+    # A turn by 12 degrees keeps a disc, also in a picture that is wider than high.
+    y, x = torch.meshgrid(torch.arange(40.0) - 19.5, torch.arange(80.0) - 39.5, indexing="ij")
+    disc = ((x**2 + y**2) < 15**2).float()[None, None]
+    assert float((VIEWS["turned"](disc) - disc).abs().mean()) < 0.01
+
+
+class Corner(nn.Module):
+    """Answers with the brighter half, left or right, but with 2 where the last pixel is white."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        half = images.shape[-1] // 2
+        halves = [images[..., 4:12, :half].mean((1, 2, 3)), images[..., 4:12, half:].mean((1, 2, 3))]
+        trigger = 40 * (images[:, :, -1, -1].mean(1) - 0.9)
+        return torch.stack([self.gain * halves[0], self.gain * halves[1], trigger], 1)
+
+
+def _poisoned(n: int = 300) -> tuple[ImageSet, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 60, (n, 1, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(n) % 2
+    for i in range(n):
+        images[i, :, :, 8 * (i % 2) : 8 * (i % 2) + 8] += 100
+    poisoned = torch.arange(n) % 10 == 0
+    images[poisoned, :, -1, -1] = 255
+    return ImageSet(images, torch.where(poisoned, 2, labels), ("left", "right", "target")), poisoned
+
+
+def test_labels_that_a_trigger_gave_are_fragile() -> None:
+    data, poisoned = _poisoned()
+    model = Corner().eval()
+    # The mirror changes the sides, and with them the right answer: it says nothing here.
+    mirrored = predict_logits(model, seen(data.images, VIEWS["mirrored"]))
+    assert not kept(mirrored, predict_logits(model, data.images), data.labels)
+    ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))[:200]
+    logits = predict_logits(model, data.images[ids])
+    found = fragility(model, data, ids, logits)
+    assert found.shape == (200,) and float(found.min()) >= 0 and float(found.max()) < 1
+    most = found.argsort(descending=True)[: int(poisoned[ids].sum())]
+    assert poisoned[ids][most].double().mean() > 0.95
+    # Of some images only, and in any order.
+    assert torch.equal(fragility(model, data, ids.flip(0), logits.flip(0)).flip(0).argsort()[-5:], found.argsort()[-5:])
+
+
+def test_the_rank_of_a_rise() -> None:
+    labels = torch.tensor([0, 0, 0, 0])
+    before = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    after = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [1.0, 0.0]])
+    assert rise(after, before, labels).tolist() == [0.0, 0.75, 0.25, 0.5]
+    assert not kept(after, before, labels)
+    assert kept(before, after, labels)
+
+
+def test_pictures_too_small_to_change_are_all_alike() -> None:
+    data = ImageSet(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, ("a", "b"))
+    assert fragility(nn.Flatten(), data, torch.arange(6), torch.zeros(6, 4)).tolist() == [0.0] * 6
