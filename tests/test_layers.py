@@ -19,7 +19,7 @@ LAYERS = (
     ("data", "models", "triggers"),
     ("calibration", "poison", "pgd", "metrics"),
     ("attacker",),
-    ("attraction", "finetune", "mirroring", "ranking"),
+    ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
     ("purify", "attack", "defenses"),
     ("export", "report", "distributed"),
