@@ -168,8 +168,8 @@ class PurifyConfig:
     )
     initial: str = option(
         "steady",
-        "the first extra set without a clean set: random (the paper), hard images of labels that attract no attack, or "
-        "those of them whose label withstands small changes of the picture",
+        "the first extra set without a clean set: random (the paper); hard images, none of labels that attract the "
+        "attack; or steady: likewise, and where no label does, those whose label withstands small changes",
         ("steady", "hard", "random"),
     )
     steady_share: float = option(0.5, "how much of the images asked about counts as steady")

@@ -29,8 +29,9 @@ def initial_extra_set(
     """D_ext^0: indices drawn at random, from all images (the paper) or from those that are seldom poisoned.
 
     A label that attracts adversarial images may be the attacker's target, and its images poisoned ones: none is taken.
-    Under the other labels, an image whose label does not withstand small changes of the picture may owe it to a
-    trigger; and what the infected model finds hard (a high loss) seldom carries one: it is the easiest thing to learn.
+    Where no label does (all-to-all), an image whose label does not withstand small changes of the picture may owe it to
+    a trigger, and is left out. Of the rest, what the infected model finds hard (a high loss) seldom carries a trigger,
+    which is the easiest thing that it learned, and makes the strongest adversarial images.
 
     Args:
         infected_logits: (N, K) of the training set.
@@ -48,7 +49,7 @@ def initial_extra_set(
     candidates = torch.arange(len(labels), device=labels.device)
     if config.initial != "random":
         trusted = candidates[~attracting.to(labels.device)[labels]]
-        if config.initial == "steady" and len(trusted) > 0:
+        if config.initial == "steady" and not attracting.any():
             assert fragility is not None
             pool = _drawn(trusted, math.ceil(count / config.hard_quantile), generator)
             steady = max(count, math.ceil(config.steady_share * len(pool)))

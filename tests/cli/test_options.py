@@ -81,7 +81,7 @@ def test_help_shows_every_default_and_where_the_paper_differs() -> None:
     defaults = PurifyConfig()
     assert f"[default: {defaults.adversarial_steps}" in text
     assert f"[default: {','.join(f'{f:g}' for f in defaults.fractions)}]" in text
-    assert "[default: hard; paper: random]" in text
+    assert "[default: steady; paper: random]" in text
 
 
 @pytest.mark.parametrize("config", [PurifyConfig(), PurifyConfig.paper(), AttackConfig()])
