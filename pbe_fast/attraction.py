@@ -94,7 +94,13 @@ def _by_label(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attack_shares(
-    model: nn.Module, data: ImageSet, pgd: PGDConfig, *, generator: torch.Generator, dtype: torch.dtype
+    model: nn.Module,
+    data: ImageSet,
+    pgd: PGDConfig,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    show_progress: bool = False,
 ) -> Tensor:
     """Where the untargeted attack leads, at two sizes of eps: the labels reached by images that are misclassified.
 
@@ -109,6 +115,7 @@ def attack_shares(
             quarter of the images to another label.
         generator: On the CPU.
         dtype: Of the matrix products.
+        show_progress: Whether each of its attacks shows a bar where it lasts.
 
     Returns:
         (2, K) float64 on the CPU, for the smaller and the full eps: shares that count every label's images alike, and
@@ -124,7 +131,10 @@ def attack_shares(
 
     def attack(eps: float) -> Tensor:
         scaled = dataclasses.replace(pgd, eps=eps, alpha=pgd.step_size * eps / pgd.eps)
-        return reached_labels(model, sample, scaled, generator=generator, dtype=dtype)
+        desc = f"attracting labels, eps {eps * 255:.3g}/255"
+        return reached_labels(
+            model, sample, scaled, generator=generator, dtype=dtype, desc=desc, show_progress=show_progress
+        )
 
     full = attack(pgd.eps)
     for halvings in range(_HALVINGS, 0, -1):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe_fast import attraction
 from pbe_fast.attraction import arrival_shares, attack_shares, attracting_labels, reached_labels, shift_shares
 from pbe_fast.config import PGDConfig
 from pbe_fast.data import ImageSet
@@ -54,6 +55,25 @@ def test_shares_are_of_misclassified_images_and_none_of_them_makes_zeros() -> No
     )
     assert shares.tolist() == [[0, 0, 0, 0]] * 2
     assert not attracting_labels(shares).any()
+
+
+def test_each_of_its_attacks_can_show_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(
+        attraction, "progress", lambda batches, *, desc, enabled: shown.append((desc, enabled)) or batches
+    )
+    for enabled in (True, False):
+        attack_shares(
+            Leans(1).eval(),
+            _thirds(30),
+            PGDConfig(eps=12 / 255, steps=1),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            show_progress=enabled,
+        )
+    assert shown[0] == ("attracting labels, eps 12/255", True) and len(shown) >= 4
+    assert {enabled for _, enabled in shown[: len(shown) // 2]} == {True}
+    assert {enabled for _, enabled in shown[len(shown) // 2 :]} == {False}
 
 
 class Faint(nn.Module):
