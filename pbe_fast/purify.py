@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbe_fast.attraction import attack_shares, attracting_labels
+from pbe_fast.attraction import attack_counts, attracting_labels
 from pbe_fast.config import PurifyConfig, check_kind
 from pbe_fast.data import ImageSet, as_train_and_clean
 from pbe_fast.engine.allocator import kept_heap
@@ -210,7 +210,7 @@ class _Run:
             return torch.zeros(train.num_classes, dtype=torch.bool)
         with self._phase("attracting labels"):
             return attracting_labels(
-                attack_shares(
+                attack_counts(
                     self.infected,
                     train,
                     self.config.pgd,
