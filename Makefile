@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types kernels-report sanitize bench bench-gpu bench-compare bench-report clean
+.PHONY: help demo test lint format types kernels-report sanitize sanitize-gpu bench bench-gpu bench-compare bench-report clean
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -29,8 +29,13 @@ $(READY): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
 	@echo "== Python environment: .venv, with $$($(PYTHON) --version)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "error: no environment; accepted: a Python with venv and pip (Debian: apt install python3-venv)"; exit 1; }
-	@# On Linux, pip's default index has only the build of PyTorch with CUDA, gigabytes of it.
-	@echo "== Packages ($(EXTRA) builds, 2 GB) and the native module: one to five minutes"; \
+	@# On Linux, pip's default index has only the build of PyTorch with CUDA. Another index is not a default here: where
+	@# it cannot be reached pip still asks it for every package, and waits half a minute each time.
+	@if [ "$$(uname -s)-$(EXTRA)-$(TORCH_INDEX)" = Linux-cpu- ]; then \
+	  echo "== No GPU here, and no TORCH_INDEX: unless pip is set up otherwise, PyTorch comes with CUDA, several GB that"; \
+	  echo "   nothing here uses. To save them, stop and run: make TORCH_INDEX=ADDRESS ..., with the address that"; \
+	  echo "   PyTorch's install page (pytorch.org, Get Started) gives for its CPU build"; fi
+	@echo "== Packages ($(EXTRA) builds, 2.5 GB, with CUDA several more) and the native module: one to five minutes"; \
 	  $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRA),test,dev]'
 	@touch $@
 	@echo "== Ready: $$($(BIN)/python -c 'import pbe_fast.kernels.backends as b; print(b.available_backends())')"
@@ -63,6 +68,17 @@ sanitize: $(READY) ## run the native code under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -DPBE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
 	$(BIN)/cmake --build build/sanitize --parallel $(WORKERS)
 	build/sanitize/native_test
+
+# Without torch's memory pool, in which a read past the end of one tensor is a read of another. The compilers that Triton
+# starts are not followed.
+SANITIZER ?= compute-sanitizer
+sanitize-gpu: $(READY) ## run the Triton kernels' tests on this machine's GPU under compute-sanitizer (memcheck)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "error: no GPU; got a machine without CUDA; accepted: one with an NVIDIA GPU and PyTorch's CUDA build"; exit 1; }
+	@command -v $(SANITIZER) >/dev/null || { \
+	  echo "error: no $(SANITIZER); accepted: that of the CUDA toolkit (make SANITIZER=/usr/local/cuda/bin/compute-sanitizer ...)"; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 --target-processes application-only \
+	  $(BIN)/python -m pytest tests/kernels -m gpu -p no:xdist --timeout 0 $(PYTEST_ARGS)
 
 $(PEERS): $(READY)
 	@echo "== What the benchmarks race against: torchattacks, Foolbox, ART"

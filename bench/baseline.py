@@ -145,7 +145,7 @@ def purify_plainly(
     generator = torch.Generator().manual_seed(seed)
     attracting = torch.zeros(train.num_classes, dtype=torch.bool)
     if config.initial != "random":
-        attracting = attracting_labels(attack_shares_plainly(infected, train, config.pgd, generator, where))
+        attracting = attracting_labels(attack_counts_plainly(infected, train, config.pgd, generator, where))
 
     def fragility(ids: Tensor) -> Tensor:
         return fragility_plainly(infected, train.select(ids), where)
@@ -240,14 +240,14 @@ def distillation(logits: Tensor, images: Tensor, teacher: nn.Module | None, conf
     return config.distill_weight * t * t * kl
 
 
-def attack_shares_plainly(
+def attack_counts_plainly(
     model: nn.Module, data: ImageSet, pgd: PGDConfig, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """`pbe_fast.attraction.attack_shares`, with torchattacks and a model that runs in eager float32."""
+    """`pbe_fast.attraction.attack_counts`, with torchattacks and a model that runs in eager float32."""
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * SAMPLE])
     right = logits_of(model, sample, device).argmax(1) == sample.labels
     if not right.any():
-        return torch.zeros(2, data.num_classes, dtype=torch.float64)
+        return torch.zeros(2, data.num_classes, data.num_classes, dtype=torch.int64)
     sample = sample.select(right.nonzero()[:SAMPLE, 0])
     full = reached_plainly(model, sample, pgd, device)
     for halvings in range(HALVINGS, 0, -1):
@@ -255,7 +255,7 @@ def attack_shares_plainly(
         least = reached_plainly(model, sample, smaller, device)
         if len(sample) - least.diagonal().sum() >= MOVED * len(sample):
             break
-    return torch.stack([even_shares(least), even_shares(full)])
+    return torch.stack([least, full])
 
 
 def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: torch.device) -> Tensor:
@@ -271,10 +271,3 @@ def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: to
             reached = model((adversarial * 255).round() / 255).argmax(1).cpu()
         counts.index_put_((labels, reached), torch.ones_like(labels), accumulate=True)
     return counts
-
-
-def even_shares(counts: Tensor) -> Tensor:
-    """The labels' shares of the misled images, every label's images together counting as one."""
-    misled = (counts - torch.diag(counts.diagonal())).double()
-    by_label = misled / misled.sum(1, keepdim=True).clamp_min(1)
-    return by_label.sum(0) / by_label.sum().clamp_min(1)

@@ -8,8 +8,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pbe_fast import defenses as defenses
+    from pbe_fast import runs as runs
     from pbe_fast.attack import train_infected
-    from pbe_fast.config import PurifyConfig
+    from pbe_fast.config import PGDConfig, PurifyConfig
     from pbe_fast.data import ImageSet, as_image_set
     from pbe_fast.export import export_onnx, verify_onnx
     from pbe_fast.kernels.backends import available_backends
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ImageSet",
     "Normalized",
+    "PGDConfig",
     "PurifyConfig",
     "PurifyResult",
     "as_image_set",
@@ -42,6 +45,7 @@ __all__ = [
 _HOMES = {
     "ImageSet": "data",
     "Normalized": "models",
+    "PGDConfig": "config",
     "PurifyConfig": "config",
     "PurifyResult": "result",
     "as_image_set": "data",
@@ -54,12 +58,16 @@ _HOMES = {
     "train_infected": "attack",
     "verify_onnx": "export",
 }
+# Packages that the documentation uses by name, likewise.
+_SUBPACKAGES = ("defenses", "runs")
 
 
 class _Package(ModuleType):
     """The package: `purify`, `poison` and `scan` are functions of it, although modules of these names exist."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"{self.__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
@@ -73,7 +81,7 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+        return sorted({*super().__dir__(), *__all__, *_SUBPACKAGES})
 
 
 sys.modules[__name__].__class__ = _Package

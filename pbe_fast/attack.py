@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbe_fast.config import AttackConfig
+from pbe_fast.config import AttackConfig, check_kind
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.data.augment import augment
+from pbe_fast.engine.copies import deep_copy
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
-from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.input_aware import train_along
-from pbe_fast.models import check_model
+from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.poison import check_target, poison, poison_candidates
 from pbe_fast.triggers import InputAware, Trigger, make_trigger
 
@@ -44,6 +46,7 @@ class InfectedModel:
     seed: int
 
 
+@gradients()
 def train_infected(
     model: nn.Module,
     train_data: Any,
@@ -71,11 +74,15 @@ def train_infected(
         InputError: An attack that the data do not allow (for SIG, a rate above the target class's size), before any
             work starts.
     """
-    config = config or AttackConfig()
+    config = AttackConfig() if config is None else config
+    check_kind(config, AttackConfig)
+    seed = check_seed(seed)
     where = resolve_device(device)
     clean = as_image_set(train_data, progress=progress)
     check_target(config.setting, config.target_label, clean.num_classes)
     check_model(model, clean.image_shape, clean.num_classes)
+    check_trainable(model)
+    check_batch(model, len(clean), "training images")
     trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
     config = dataclasses.replace(config, attack=trigger.name)
 
@@ -85,7 +92,7 @@ def train_infected(
         "target_label": config.target_label,
     }
     poison_candidates(clean, trigger, **which)
-    trained: nn.Module = copy.deepcopy(model).to(  # type: ignore[call-overload]
+    trained: nn.Module = deep_copy(model).to(  # type: ignore[call-overload]
         device=where, dtype=torch.float32, memory_format=torch.channels_last
     )
     per_epoch = steps_per_epoch(len(clean), config.training.batch_size)
@@ -95,7 +102,8 @@ def train_infected(
         "dtype": resolve_precision(where, precision),
         "show_progress": progress,
     }
-    first_draw = seed * 10_007
+    # A generator takes 64 bits, and the epochs are added to it.
+    first_draw = seed * 10_007 % 2**62
     with seeded(seed, where):
         if isinstance(trigger, InputAware):
             trigger, clean = copy.deepcopy(trigger).to(where), clean.to(where)

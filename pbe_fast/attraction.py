@@ -93,10 +93,16 @@ def _by_label(counts: Tensor) -> tuple[Tensor, Tensor]:
     return misled / misled.sum(1, keepdim=True).clamp_min(1), misled.sum(1) > 0
 
 
-def attack_shares(
-    model: nn.Module, data: ImageSet, pgd: PGDConfig, *, generator: torch.Generator, dtype: torch.dtype
+def attack_counts(
+    model: nn.Module,
+    data: ImageSet,
+    pgd: PGDConfig,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    show_progress: bool = False,
 ) -> Tensor:
-    """Where the untargeted attack leads, at two sizes of eps: the labels reached by images that are misclassified.
+    """Where the untargeted attack leads, at two sizes of eps.
 
     For a benign model about uniform, says the paper, for an infected one the target label. Which eps shows it depends
     on the trigger. The way to a faint one (WaNet) is the shortest, and only the least eps that moves the images at all
@@ -109,37 +115,60 @@ def attack_shares(
             quarter of the images to another label.
         generator: On the CPU.
         dtype: Of the matrix products.
+        show_progress: Whether each of its attacks shows a bar where it lasts.
 
     Returns:
-        (2, K) float64 on the CPU, for the smaller and the full eps: shares that count every label's images alike, and
-        sum to 1, or zeros where no image was misclassified. Logits that stand for no class of the data are left out.
+        (2, K, K) int64 on the CPU, for the smaller and the full eps, as `reached_labels` counts; zeros where the model
+        answers nothing rightly.
     """
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * _SAMPLE].to(data.device))
     # Not before: the whole set may be too large for the model's device.
     sample = sample.to(next(model.parameters()).device)
     right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
     if not right.any():
-        return torch.zeros(2, data.num_classes, dtype=torch.float64)
+        return torch.zeros(2, data.num_classes, data.num_classes, dtype=torch.int64)
     sample = sample.select(right.nonzero()[:_SAMPLE, 0])
 
     def attack(eps: float) -> Tensor:
         scaled = dataclasses.replace(pgd, eps=eps, alpha=pgd.step_size * eps / pgd.eps)
-        return reached_labels(model, sample, scaled, generator=generator, dtype=dtype)
+        desc = f"attracting labels, eps {eps * 255:.3g}/255"
+        return reached_labels(
+            model, sample, scaled, generator=generator, dtype=dtype, desc=desc, show_progress=show_progress
+        )
 
     full = attack(pgd.eps)
     for halvings in range(_HALVINGS, 0, -1):
         least = attack(pgd.eps / 2**halvings)
         if len(sample) - least.diagonal().sum() >= _MOVED * len(sample):
             break
-    return torch.stack([_even_shares(least), _even_shares(full)])
+    return torch.stack([least, full])
 
 
-def _even_shares(counts: Tensor) -> Tensor:
-    """The labels' shares of the misclassified images, the images of every label together counting as one."""
+def even_shares(counts: Tensor) -> Tensor:
+    """Of (K, K) counts, the labels' shares of the misclassified images; every label's images together count as one.
+
+    Returns:
+        (K,) float64 that sum to 1, or zeros where no image was misclassified.
+    """
     by_label, _ = _by_label(counts)
     return by_label.sum(0) / by_label.sum().clamp_min(1)
 
 
-def attracting_labels(shares: Tensor) -> Tensor:
-    """(K,) bool: labels with more than twice their even share in any row of (..., K); none of two or fewer."""
-    return (shares > 2 / shares.shape[-1]).reshape(-1, shares.shape[-1]).any(0)
+def attracting_labels(counts: Tensor) -> Tensor:
+    """Labels that the attack leads to.
+
+    Args:
+        counts: (levels, K, K), as of `attack_counts`.
+
+    Returns:
+        (K,) bool on the CPU: those with more than twice their even share at any level; none of two or fewer. A level at
+        which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all backdoor,
+        which leads to no label in particular.
+    """
+    k = counts.shape[-1]
+    attracting = torch.zeros(k, dtype=torch.bool)
+    for level in counts:
+        shares = even_shares(level)
+        if k > 2 and (k - 1) * shift_shares(level).max() <= k * shares.max():
+            attracting |= shares > 2 / k
+    return attracting

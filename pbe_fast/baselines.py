@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pbe_fast.config import FineTuneConfig, option
+from pbe_fast.config import FineTuneConfig, check_types, option
 from pbe_fast.config import _check as check
 
 # As in BackdoorBench; augmentation, momentum and weight decay are those of every fine-tuning here.
@@ -23,6 +23,7 @@ class FineTuningConfig:
     min_updates: int = option(_MIN_UPDATES, "updates, at least")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_lengths(self)
 
 
@@ -35,6 +36,7 @@ class FinePruningConfig(FineTuningConfig):
     prune_step: float = option(0.01, "units pruned at a time, as a fraction of all")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_lengths(self)
         _check_pruning(self)
         check(0 < self.prune_step <= 1, "prune_step", self.prune_step, "above 0 and at most 1")
@@ -52,6 +54,7 @@ class NADConfig:
     attention_power: float = option(2.0, "power p of the activations in an attention map")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_lengths(self)
         check(self.teacher_epochs >= 1, "teacher_epochs", self.teacher_epochs, "1 or more")
         check(len(self.betas) >= 1, "betas", self.betas, "one per stage, at least one")
@@ -76,6 +79,7 @@ class NeuralCleanseConfig(FineTuningConfig):
     stamped: float = option(0.2, "share of the clean images that get the trigger for unlearning")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_lengths(self)
         for name in ("trigger_rounds", "updates_per_round", "trigger_batch", "patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -105,6 +109,7 @@ class ANPConfig:
     threshold_step: float = option(0.05, "step between the thresholds that are tried")
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         check(self.augment in ("none", "crop", "crop+flip"), "augment", self.augment, "none, crop, crop+flip")
         for name in ("iterations", "perturbation_steps"):

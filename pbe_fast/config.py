@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,49 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 def _check(condition: bool, name: str, got: object, accepted: str) -> None:
     if not condition:
         raise InputError(f"option '{name}'", got=got, accepted=accepted)
+
+
+def check_types(config: Any) -> None:
+    """Refuses a field of another type than it is declared with: ``eps="x"``, ``steps=2.5``, a config of another kind.
+
+    Raises:
+        InputError: The first such field.
+    """
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(kind) is tuple:
+            right = isinstance(value, tuple | list) and all(_is_a(part, float) for part in value)
+            _check(right, name, repr(value), "numbers, as a tuple")
+        else:
+            kinds = typing.get_args(kind) or (kind,)
+            accepted = " or ".join(_KINDS.get(k, f"a {k.__name__}") for k in kinds)
+            _check(any(_is_a(value, k) for k in kinds), name, repr(value), accepted)
+
+
+_KINDS: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "None",
+}
+_ABSTRACT = {int: numbers.Integral, float: numbers.Real}
+
+
+def _is_a(value: object, kind: type) -> bool:
+    # True is an int, and nobody means it as one. numpy's numbers will do.
+    return isinstance(value, _ABSTRACT.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
+
+
+def check_kind(config: object, kind: type[Any]) -> None:
+    """Refuses options of another kind than a function takes.
+
+    Raises:
+        InputError: A dict, or another config.
+    """
+    if not isinstance(config, kind):
+        hint = f"; a dict of options is {kind.__name__}(**options)" if isinstance(config, dict) else ""
+        raise InputError("config", got=type(config).__name__, accepted=f"a {kind.__name__}{hint}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -45,12 +90,14 @@ class PGDConfig:
     compile: str = option("auto", "compile the attacked network; auto: if the work pays for it", ("auto", "on", "off"))
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
         _check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
         _check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
-        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, "1 without a random start")
+        alone = "1, or more with random_start=True (--random-start)"
+        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, alone)
         _check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
 
     @property
@@ -81,6 +128,7 @@ class FineTuneConfig:
     distill_temperature: float = option(2.0, "temperature of that term")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(0 < self.lr < math.inf, "lr", self.lr, "above 0")
         _check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         _check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
@@ -89,6 +137,13 @@ class FineTuneConfig:
         _check(self.augment in AUGMENT_CHOICES, "augment", self.augment, ", ".join(AUGMENT_CHOICES))
         _check(self.distill_weight >= 0, "distill_weight", self.distill_weight, "0 or more")
         _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(FineTuneConfig):
+    """SGD of an attack, which has no model yet that "auto" could ask whether images may be mirrored."""
+
+    augment: str = option("crop", "augmentation: none, crop (random shifts) or crop+flip", AUGMENT_CHOICES[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +176,7 @@ class PurifyConfig:
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("adversarial_steps", "clean_steps", "clean_epochs"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(
@@ -160,6 +216,7 @@ class InputAwareConfig:
     lambda_norm: float = option(100.0, "weight of the density loss")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("mask_share", "mask_lr", "generator_lr"):
             _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         _check(0 <= self.mask_density < 1, "mask_density", self.mask_density, "0 up to 1")
@@ -181,6 +238,7 @@ class ScanConfig:
     significance: float = option(0.01, "p-value below which a backdoor is reported")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
         _check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
         _check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
@@ -199,12 +257,15 @@ class AttackConfig:
     poison_rate: float = option(0.10, "poisoned images as a fraction of the training set")
     epochs: int = option(10, "epochs of training")
     training: FineTuneConfig = option(
-        FineTuneConfig(lr=0.1, batch_size=32, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
+        TrainingConfig(lr=0.1, batch_size=32, nesterov=True, warmup=0.25, mix_clean=False, distill_weight=0.0),
         "its SGD",
     )
     input_aware: InputAwareConfig = option(InputAwareConfig(), "networks of --attack input_aware")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.setting in ("all_to_one", "all_to_all"), "setting", self.setting, "all_to_one, all_to_all")
         _check(0 < self.poison_rate < 1, "poison_rate", self.poison_rate, "a fraction between 0 and 1")
         _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        known = AUGMENT_CHOICES[:-1]
+        _check(self.training.augment in known, "augment", self.training.augment, f"{', '.join(known)} in an attack")

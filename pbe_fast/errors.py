@@ -37,5 +37,9 @@ class VerificationError(PBEError):
     """An exported file that does not compute what the model computes."""
 
 
+class PBEWarning(UserWarning):
+    """Something that is allowed and that the caller may not have meant."""
+
+
 class BackendUnavailableError(PBEError, RuntimeError):
     """A backend that was asked for by name and is not there."""

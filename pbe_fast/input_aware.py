@@ -15,7 +15,6 @@ from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine.forward import to_input
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
-from pbe_fast.errors import InputError
 from pbe_fast.finetune import DivergedError, endless_batches, learning_rate_factor
 from pbe_fast.poison import target_labels
 from pbe_fast.triggers import InputAware
@@ -229,11 +228,8 @@ def train_along(
         The mean loss of classifier and generator, by epoch.
 
     Raises:
-        InputError: An ``augment`` of "auto", which asks a trained model.
         DivergedError: A loss is not finite.
     """
-    if config.training.augment == "auto":
-        raise InputError("augment of an attack", got="auto", accepted="none, crop, crop+flip")
     mask_steps = max(1, round(config.input_aware.mask_share * total_steps))
     train_masks(trigger, data, config, steps=mask_steps, generator=generator, show_progress=show_progress)
     trainer = JointTrainer(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError
 
@@ -36,8 +37,8 @@ class Metrics:
 
 def evaluate(
     model: nn.Module,
-    test: ImageSet,
-    triggered: ImageSet | None = None,
+    test: Any,
+    triggered: Any = None,
     *,
     dtype: torch.dtype = torch.float32,
     show_progress: bool = False,
@@ -45,16 +46,18 @@ def evaluate(
     """A model's accuracy and, where a triggered test set is given, how often the attacker succeeds.
 
     Args:
-        model: Returns logits for float images in [0, 1]; on the device of the sets.
-        test: Clean test images.
-        triggered: Triggered test images as `triggered_test_set` makes them: ``labels`` are the attacker's targets,
-            ``true_labels`` the truth.
+        model: Returns logits for float images in [0, 1]; on the device of the sets, or these on the CPU.
+        test: Clean test images: an `ImageSet`, or anything else that `as_image_set` takes.
+        triggered: Triggered test images, likewise, as `triggered_test_set` makes them: ``labels`` are the attacker's
+            targets, ``true_labels`` the truth.
         dtype: Of the matrix products.
         show_progress: Whether to show bars.
 
     Raises:
-        InputError: ``triggered`` without ``true_labels``.
+        InputError: Sets that cannot be read, or ``triggered`` without ``true_labels``.
     """
+    test = as_image_set(test, progress=show_progress)
+    triggered = None if triggered is None else as_image_set(triggered, progress=show_progress)
     predicted = predict_logits(model, test.images, dtype=dtype, desc="accuracy", show_progress=show_progress).argmax(1)
     acc = _share(predicted == test.labels)
     if triggered is None:

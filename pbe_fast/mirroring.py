@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pbe_fast.config import FineTuneConfig
 from pbe_fast.data import ImageSet
@@ -25,6 +25,7 @@ def resolve_augment(
     device: torch.device,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
+    show_progress: bool = False,
 ) -> FineTuneConfig:
     """The config with "auto" settled: "crop+flip" where the model keeps four fifths of its accuracy in a mirror.
 
@@ -38,12 +39,16 @@ def resolve_augment(
         device: Where the model is.
         generator: On the CPU.
         dtype: Of the matrix products.
+        show_progress: Whether it shows a bar where it lasts.
     """
     if config.augment != "auto":
         return config
     sample = data.select(torch.randperm(len(data), generator=generator)[:_SAMPLE].to(data.device)).to(device)
-    as_they_are, mirrored = (
-        int((predict_logits(model, images, dtype=dtype).argmax(1) == sample.labels).sum())
-        for images in (sample.images, sample.images.flip(-1))
-    )
+
+    def right(images: Tensor, desc: str) -> int:
+        logits = predict_logits(model, images, dtype=dtype, desc=desc, show_progress=show_progress)
+        return int((logits.argmax(1) == sample.labels).sum())
+
+    as_they_are = right(sample.images, "augmentation")
+    mirrored = right(sample.images.flip(-1), "augmentation, mirrored")
     return dataclasses.replace(config, augment="crop+flip" if mirrored > _KEPT * as_they_are else "crop")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pbe_fast.data.image_set import ImageSet
+from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.engine.seeding import check_seed
 from pbe_fast.errors import InputError
 from pbe_fast.triggers import Trigger
 
@@ -23,7 +25,7 @@ def target_labels(labels: Tensor, setting: str, target_label: int, num_classes: 
 
 
 def poison(
-    data: ImageSet,
+    data: Any,
     trigger: Trigger,
     *,
     poison_rate: float = 0.10,
@@ -39,7 +41,7 @@ def poison(
     left; these keep their label and are not in ``poison_mask``.
 
     Args:
-        data: Clean training images.
+        data: Clean training images: an `ImageSet`, or anything else that `as_image_set` takes.
         trigger: Made for images of this shape.
         poison_rate: Poisoned images as a fraction of the whole set.
         setting: "all_to_one" or "all_to_all".
@@ -49,32 +51,34 @@ def poison(
     Raises:
         InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
     """
+    clean = as_image_set(data)
+    seed = check_seed(seed)
     candidates, count = poison_candidates(
-        data, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
+        clean, trigger, poison_rate=poison_rate, setting=setting, target_label=target_label
     )
-    targets = target_labels(data.labels, setting, target_label, data.num_classes)
+    targets = target_labels(clean.labels, setting, target_label, clean.num_classes)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(candidates), generator=generator).to(data.device)
+    order = torch.randperm(len(candidates), generator=generator).to(clean.device)
     chosen = candidates[order[:count]]
-    mask = torch.zeros(len(data), dtype=torch.bool, device=data.device)
+    mask = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
     mask[chosen] = True
 
-    images = data.images.clone()
+    images = clean.images.clone()
     _stamp(images, chosen, trigger)
     if trigger.cover_ratio > 0:
         rest = (~mask).nonzero()[:, 0]
-        order = torch.randperm(len(rest), generator=generator).to(data.device)
+        order = torch.randperm(len(rest), generator=generator).to(clean.device)
         covered = rest[order[: round(trigger.cover_ratio * count)]]
         # Each one's other is the one before it, and the first one's a poisoned image: never itself.
         others = torch.cat([chosen[-1:], covered])[:-1]
-        _cover(images, covered, data.images, others, trigger, draw=seed)
+        _cover(images, covered, clean.images, others, trigger, draw=seed)
     return dataclasses.replace(
-        data,
+        clean,
         images=images,
-        labels=torch.where(mask, targets, data.labels),
+        labels=torch.where(mask, targets, clean.labels),
         poison_mask=mask,
-        true_labels=data.labels,
-        name=f"{data.name}+{trigger.name}",
+        true_labels=clean.labels,
+        name=f"{clean.name}+{trigger.name}",
     )
 
 

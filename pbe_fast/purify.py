@@ -12,28 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbe_fast.attraction import attack_shares, attracting_labels
-from pbe_fast.config import PurifyConfig
+from pbe_fast.attraction import attack_counts, attracting_labels
+from pbe_fast.config import PurifyConfig, check_kind
 from pbe_fast.data import ImageSet, as_train_and_clean
 from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.profile import Profile
-from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
-from pbe_fast.models import check_model
+from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
 
 # Told after each round: its number, the model as it then is, and its ranking (None where nothing is ranked).
 OnRound = Callable[[int, nn.Module, Ranking | None], object]
+_ROUND_PHASES = ("adversarial", "clean", "ranking")
 
 
+@gradients()
 def purify(
     model: nn.Module,
     train_data: Any = None,
@@ -55,7 +58,9 @@ def purify(
 
     Args:
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]; pixel normalisation
-            belongs inside (`pbe_fast.Normalized`). It is not changed.
+            belongs inside (`pbe_fast.Normalized`). It is not changed. All parameters of the copy are trained, those
+            with ``requires_grad=False`` too: a backdoor does not keep to the layers that its user would train. The
+            purified model has ``requires_grad`` as it was.
         train_data: What the model was trained on: an `ImageSet`, a pair (images, labels), a torch Dataset, or a path;
             see `as_image_set`.
         clean_data: A few trusted images in any of these forms.
@@ -78,12 +83,17 @@ def purify(
     Raises:
         InputError: Data or a model that cannot be used, before any work starts.
     """
-    config = config or PurifyConfig()
+    config = PurifyConfig() if config is None else config
+    check_kind(config, PurifyConfig)
+    seed = check_seed(seed)
     where = resolve_device(device)
     train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
     data = clean if clean is not None else train
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
+    check_trainable(model)
+    smallest = len(data) if clean is not None else round(min(config.fractions) * len(data))
+    check_batch(model, smallest, "clean images" if clean is not None else "images that the smallest fraction makes")
     run = _Run(
         model, config, data, seed=seed, device=where, precision=precision, limit=device_memory_limit, progress=progress
     )
@@ -123,11 +133,18 @@ class _Run:
         self.original = model
         self.generator = torch.Generator().manual_seed(seed)
         finetune = resolve_augment(
-            config.finetune, self.infected, data, device=device, generator=self.generator, dtype=self.dtype
+            config.finetune,
+            self.infected,
+            data,
+            device=device,
+            generator=self.generator,
+            dtype=self.dtype,
+            show_progress=progress,
         )
         self.config = dataclasses.replace(config, finetune=finetune)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.round_seconds: dict[str, float] = {}
         self.profile: Profile | None = None
         self.on_round: OnRound | None = None
         # One for all rounds, each of which restarts it: what it records for a GPU serves them all.
@@ -193,7 +210,14 @@ class _Run:
             return torch.zeros(train.num_classes, dtype=torch.bool)
         with self._phase("attracting labels"):
             return attracting_labels(
-                attack_shares(self.infected, train, self.config.pgd, generator=self.generator, dtype=self.dtype)
+                attack_counts(
+                    self.infected,
+                    train,
+                    self.config.pgd,
+                    generator=self.generator,
+                    dtype=self.dtype,
+                    show_progress=self.progress,
+                )
             )
 
     def _fragility(self, train: ImageSet, ids: Tensor, infected_logits: Tensor) -> Tensor:
@@ -214,7 +238,7 @@ class _Run:
         clean_steps = max(config.clean_steps, config.clean_epochs * steps_per_epoch(size, config.finetune.batch_size))
         self.tuner.restart(total_steps=config.adversarial_steps + clean_steps, teacher=teacher)
         streamed = self._streamed(data)
-        start = time.perf_counter()
+        self.round_seconds = {}
         # Steps 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)
         with self._phase("adversarial"):
             adversarial_loss = self.tuner.run(
@@ -236,7 +260,8 @@ class _Run:
             "extra_set_size": size,
             "adversarial_loss": adversarial_loss,
             "clean_loss": clean_loss,
-            "seconds": time.perf_counter() - start,
+            # The ranking that follows adds its own.
+            "seconds": self.round_seconds,
         }
 
     def _rank(self, train: ImageSet, infected_logits: Tensor) -> tuple[Ranking, Tensor]:
@@ -272,7 +297,10 @@ class _Run:
         start = time.perf_counter()
         with self.profile.phase(name) if self.profile else nullcontext():
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        if name in _ROUND_PHASES:
+            self.round_seconds[name] = spent
 
     def _result(self, ranking: Ranking | None, train: ImageSet | None) -> PurifyResult:
         return PurifyResult(

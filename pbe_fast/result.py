@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pbe_fast.baselines import BaselineConfig
 from pbe_fast.config import PurifyConfig, to_dict
 from pbe_fast.data import ImageSet
-from pbe_fast.engine.files import atomic_write, prepare_output, write_text
+from pbe_fast.engine.files import atomic_write, prepare_output, replacing, write_text
 from pbe_fast.engine.forward import eval_mode
 from pbe_fast.engine.machine import describe
 from pbe_fast.engine.profile import Profile
@@ -42,9 +42,10 @@ class PurifyResult:
     Attributes:
         model: In eval mode, with the device and dtypes of the model that was given.
         ranking: Of the training set (Eq. 9); None where none was given.
-        history: Of PBE one entry per round: ``extra_set_size``, losses per epoch, ``seconds``, and where the truth is
-            known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``. Of another defence one entry per
-            ``step``, with what it found as ``finding``.
+        history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
+            the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
+            ranking), and where the truth is known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
+            Of another defence one entry per ``step``, with its ``seconds`` and what it found as ``finding``.
         config: The options of the run.
         seed: Of the run.
         seconds: By phase.
@@ -101,6 +102,8 @@ class PurifyResult:
     ) -> Path:
         """Write ``model.safetensors``, ``config.json``, ``ranking.csv``, pictures and ``report.json``, the report last.
 
+        What an earlier run left there stays until all of them are written.
+
         Args:
             folder: Made if need be.
             spec: How to build the network again. By default what can be told from the model: all of it for our own
@@ -114,18 +117,18 @@ class PurifyResult:
         """
         out = prepare_output(folder, force=force)
         spec = spec or self._spec()
-        discard(out, DERIVED)
-        save_model(self.model, spec, out, extra={"role": "purified"})
-        names = ["model.safetensors", "config.json"]
-        if self.ranking is not None and self.train_data is not None:
-            write_ranking(out / RANKING_NAME, self.ranking, self.train_data)
-            names.append(RANKING_NAME)
-        names += [write_picture(out / f"{name}.png", picture).name for name, picture in self.pictures.items()]
-        if self.profile is not None:
-            # Of the first steps of every phase, for chrome://tracing or Perfetto.
-            names.append(self.profile.write_trace(out / TRACE_NAME).name)
-        # What was asked for at the top, the circumstances below.
-        write_report(out, {**more, **merged(self.report(), more)}, outputs=names)
+        with replacing(out, last=REPORT_NAME, stale=DERIVED) as new:
+            save_model(self.model, spec, new, extra={"role": "purified"})
+            names = ["model.safetensors", "config.json"]
+            if self.ranking is not None and self.train_data is not None:
+                write_ranking(new / RANKING_NAME, self.ranking, self.train_data)
+                names.append(RANKING_NAME)
+            names += [write_picture(new / f"{name}.png", picture).name for name, picture in self.pictures.items()]
+            if self.profile is not None:
+                # Of the first steps of every phase, for chrome://tracing or Perfetto.
+                names.append(self.profile.write_trace(new / TRACE_NAME).name)
+            # What was asked for at the top, the circumstances below.
+            write_report(new, {**more, **merged(self.report(), more)}, outputs=names)
         return out
 
     def _spec(self) -> ModelSpec:
@@ -134,7 +137,12 @@ class PurifyResult:
             weight = next(self.model.parameters())
             with eval_mode(self.model), torch.no_grad():
                 logits = self.model(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-            return spec_of(self.model, num_classes=logits.shape[1], image_shape=shape)
+            return spec_of(
+                self.model,
+                num_classes=logits.shape[1],
+                image_shape=shape,
+                class_names=self.train_data.class_names,
+            )
         convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         if not convolutions or not linears:

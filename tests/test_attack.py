@@ -184,3 +184,7 @@ def test_data_that_the_attack_cannot_use_are_refused_before_training() -> None:
     with pytest.raises(InputError, match=r"fewer logits than the data has classes; got 3 logits"):
         train_infected(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), _data(), progress=False)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_the_largest_seed_will_do() -> None:
+    assert _train(seed=2**63 - 1).seed == 2**63 - 1

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe_fast.attraction import arrival_shares, attack_shares, attracting_labels, reached_labels, shift_shares
+from pbe_fast import attraction
+from pbe_fast.attraction import (
+    arrival_shares,
+    attack_counts,
+    attracting_labels,
+    even_shares,
+    reached_labels,
+    shift_shares,
+)
 from pbe_fast.config import PGDConfig
 from pbe_fast.data import ImageSet
 
@@ -37,23 +45,45 @@ def _thirds(n: int) -> ImageSet:
 @pytest.mark.parametrize("target", [1, 3])
 def test_the_untargeted_attack_leads_to_the_label_behind_the_shortcut(target: int) -> None:
     pgd = PGDConfig(eps=0.12, steps=3)
-    shares = attack_shares(
+    counts = attack_counts(
         Leans(target).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
+    assert counts.dtype == torch.int64 and counts.shape == (2, 4, 4)
+    shares = even_shares(counts[1])
     assert shares.dtype == torch.float64
-    assert shares[1].sum() == pytest.approx(1)
+    assert shares.sum() == pytest.approx(1)
     # Images of the target's own label can only be led elsewhere.
-    assert shares[1, target] > 0.6
-    assert attracting_labels(shares).nonzero()[:, 0].tolist() == [target]
+    assert shares[target] > 0.6
+    assert attracting_labels(counts).nonzero()[:, 0].tolist() == [target]
 
 
 def test_shares_are_of_misclassified_images_and_none_of_them_makes_zeros() -> None:
     pgd = PGDConfig(eps=1e-4, steps=1)
-    shares = attack_shares(
+    counts = attack_counts(
         Leans(1).eval(), _thirds(30), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
-    assert shares.tolist() == [[0, 0, 0, 0]] * 2
-    assert not attracting_labels(shares).any()
+    assert counts.tolist() == [torch.diag(torch.tensor([10, 10, 10, 0])).tolist()] * 2
+    assert even_shares(counts[0]).tolist() == [0, 0, 0, 0]
+    assert not attracting_labels(counts).any()
+
+
+def test_each_of_its_attacks_can_show_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(
+        attraction, "progress", lambda batches, *, desc, enabled: shown.append((desc, enabled)) or batches
+    )
+    for enabled in (True, False):
+        attack_counts(
+            Leans(1).eval(),
+            _thirds(30),
+            PGDConfig(eps=12 / 255, steps=1),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            show_progress=enabled,
+        )
+    assert shown[0] == ("attracting labels, eps 12/255", True) and len(shown) >= 4
+    assert {enabled for _, enabled in shown[: len(shown) // 2]} == {True}
+    assert {enabled for _, enabled in shown[len(shown) // 2 :]} == {False}
 
 
 class Faint(nn.Module):
@@ -75,37 +105,57 @@ def test_a_faint_trigger_shows_at_the_least_eps_that_moves_a_quarter_and_not_at_
     images[:, 0, 0, 0] = 51
     data = ImageSet(images, labels, tuple("abcd"))
     pgd = PGDConfig(eps=0.32, steps=5)
-    least, full = attack_shares(
+    least, full = attack_counts(
         Faint().eval(), data, pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
-    assert least.tolist() == [0, 0, 1, 0]
-    assert full[2] == 0
-    assert full[:2].tolist() == pytest.approx([0.5, 0.5])
-    assert attracting_labels(torch.stack([least, full])).tolist() == [False, False, True, False]
+    assert even_shares(least).tolist() == [0, 0, 1, 0]
+    assert even_shares(full).tolist() == pytest.approx([0.5, 0.5, 0, 0])
+    assert attracting_labels(least[None]).tolist() == [False, False, True, False]
 
 
 def test_only_images_that_the_model_answers_rightly_are_attacked() -> None:
     data = _thirds(60)
     wrong = ImageSet(data.images, (data.labels + 1) % 3, data.class_names)
     pgd = PGDConfig(eps=0.12, steps=3)
-    shares = attack_shares(Leans(3).eval(), wrong, pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    assert shares.tolist() == [[0, 0, 0, 0]] * 2
+    counts = attack_counts(Leans(3).eval(), wrong, pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    assert counts.tolist() == torch.zeros(2, 4, 4).tolist()
 
 
 def test_a_model_may_have_more_logits_than_there_are_classes() -> None:
     pgd = PGDConfig(eps=0.12, steps=3)
-    shares = attack_shares(
+    counts = attack_counts(
         Leans(6, num_logits=8).eval(), _thirds(60), pgd, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
-    assert shares.shape == (2, 4)
+    assert counts.shape == (2, 4, 4)
+
+
+def _arriving(*shares: int) -> Tensor:
+    """Counts of which every label's images arrive in these parts, its own label's images where they are from."""
+    counts = torch.tensor([shares] * len(shares))
+    return counts - torch.diag(counts.diagonal())
 
 
 def test_twice_the_even_share_attracts() -> None:
-    assert attracting_labels(torch.tensor([0.51, 0.49, 0.0, 0.0])).tolist() == [True, False, False, False]
-    assert attracting_labels(torch.tensor([0.26, 0.25, 0.25, 0.24])).tolist() == [False] * 4
-    assert attracting_labels(torch.tensor([1.0, 0.0])).tolist() == [False, False]
-    either = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.6, 0.2, 0.1, 0.1]])
-    assert attracting_labels(either).tolist() == [True, True, False, False]
+    # With five labels a share of two fifths; without the label's own images 0.42 and 0.36 of the rest.
+    assert attracting_labels(_arriving(50, 10, 20, 10, 10)[None]).tolist() == [True] + [False] * 4
+    assert even_shares(_arriving(50, 10, 20, 10, 10))[0] > 0.4
+    assert even_shares(_arriving(36, 22, 14, 14, 14))[0] < 0.4
+    assert not attracting_labels(_arriving(36, 22, 14, 14, 14)[None]).any()
+    either = torch.stack([_arriving(50, 10, 20, 10, 10), _arriving(10, 10, 60, 10, 10)])
+    assert attracting_labels(either).tolist() == [True, False, True, False, False]
+    assert attracting_labels(torch.tensor([[[0, 9], [0, 5]]])).tolist() == [False, False]
+
+
+def test_where_all_labels_shift_alike_none_attracts() -> None:
+    shifted = 60 * torch.roll(torch.eye(5, dtype=torch.int64), 1, dims=1)
+    # By chance many of the rest arrive at label 2, more than twice its even share.
+    counts = shifted + 3 * _arriving(1, 1, 16, 1, 1)
+    assert even_shares(counts)[2] > 2 / 5
+    assert not attracting_labels(counts[None]).any()
+    # At another level there is a label that stands out more.
+    assert attracting_labels(torch.stack([counts, _arriving(10, 10, 60, 10, 10)])).tolist() == [
+        False, False, True, False, False,
+    ]  # fmt: skip
 
 
 def test_counts_are_by_label_and_label_reached_and_the_diagonal_withstood() -> None:

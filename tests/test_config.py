@@ -5,8 +5,10 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pbe_fast.baselines import NADConfig
 from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, to_dict
 from pbe_fast.errors import InputError
 from pbe_fast.triggers import TRIGGERS
@@ -105,3 +107,27 @@ def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> Non
     config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25))
     assert [(a.eps, a.step_size) for a in config.attacks] == [(0.08, 0.01), (0.02, 0.0025)]
     assert [a.eps for a in PurifyConfig.paper().attacks] == [PGDConfig().eps]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        (PGDConfig, {"eps": "x"}, "option 'eps'; got 'x'; accepted: a number"),
+        (PGDConfig, {"eps": True}, "option 'eps'; got True; accepted: a number"),
+        (PGDConfig, {"alpha": "x"}, "option 'alpha'; got 'x'; accepted: a number or None"),
+        (PGDConfig, {"steps": 2.5}, "option 'steps'; got 2.5; accepted: a whole number"),
+        (PGDConfig, {"random_start": "yes"}, "option 'random_start'; got 'yes'; accepted: True or False"),
+        (PGDConfig, {"norm": 2}, "option 'norm'; got 2; accepted: text"),
+        (PurifyConfig, {"pgd": {"eps": 0.1}}, "option 'pgd'; got .*; accepted: a PGDConfig"),
+        (PurifyConfig, {"fractions": 0.1}, "option 'fractions'; got 0.1; accepted: numbers, as a tuple"),
+        (PurifyConfig, {"fractions": ("x",)}, "option 'fractions'; got .*; accepted: numbers, as a tuple"),
+        (NADConfig, {"epochs": "many"}, "option 'epochs'; got 'many'; accepted: a whole number"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_too(kind: Any, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        kind(**option)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert PGDConfig(eps=np.float32(0.1), steps=np.int64(3)).steps == 3

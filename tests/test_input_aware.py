@@ -13,7 +13,7 @@ from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import DivergedError
-from pbe_fast.input_aware import JointTrainer, attacked_first, density_loss, diversity_loss, train_along, train_masks
+from pbe_fast.input_aware import JointTrainer, attacked_first, density_loss, diversity_loss, train_masks
 from pbe_fast.triggers import InputAware
 
 TRAINING = FineTuneConfig(lr=0.05, batch_size=32, augment="none", mix_clean=False, distill_weight=0.0)
@@ -185,11 +185,8 @@ def test_batches_that_do_not_divide_the_set_odd_sizes_and_high_rates() -> None:
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_changes() -> None:
-    model, trigger = _network(), InputAware((1, 8, 8))
+    trigger = InputAware((1, 8, 8))
     before = trigger.weights()
-    auto = dataclasses.replace(CONFIG, training=dataclasses.replace(TRAINING, augment="auto"))
-    with pytest.raises(InputError, match="augment of an attack; got auto; accepted: none, crop, crop"):
-        train_along(model, _data(), trigger, auto, total_steps=4, generator=torch.Generator())
     with pytest.raises(InputError, match="got 76 images to poison, but 72 images"):
         _train(config=dataclasses.replace(CONFIG, poison_rate=0.79), trigger=trigger)
     with pytest.raises(InputError, match=r"images for the input_aware trigger; got shape \(1, 8, 8\)"):

@@ -19,7 +19,7 @@ LAYERS = (
     ("data", "models", "triggers"),
     ("calibration", "poison", "pgd", "metrics"),
     ("attacker",),
-    ("attraction", "finetune", "mirroring", "ranking"),
+    ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
     ("purify", "attack", "defenses"),
     ("export", "report", "distributed"),
@@ -68,6 +68,19 @@ def test_every_import_points_to_a_lower_layer() -> None:
 def test_kernels_know_nothing_of_the_package() -> None:
     used = {target for path in _sources() if _part(path) == "kernels" for target in _imports(path)}
     assert used == {"kernels"}
+
+
+def test_what_the_documentation_uses_is_there_and_loads_nothing_before() -> None:
+    code = (
+        "import sys, pbe_fast\n"
+        "heavy = {'torch', 'numpy'} & sys.modules.keys()\n"
+        "print(sorted(heavy), pbe_fast.defenses.nad.method, pbe_fast.PGDConfig(eps=0.5).eps)\n"
+        "print(callable(pbe_fast.runs.load_trigger), callable(pbe_fast.purify), callable(pbe_fast.scan))\n"
+        "print(sorted(set(pbe_fast.__all__) - set(dir(pbe_fast))), {'defenses', 'runs'} <= set(dir(pbe_fast)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[] nad 0.5", "True True True", "[] True"]
+    assert len(pbe_fast.__all__) <= 14
 
 
 def test_importing_the_package_loads_no_triton_and_touches_no_cuda() -> None:

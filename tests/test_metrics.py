@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from pbe_fast.data import ImageSet
+from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.errors import InputError
 from pbe_fast.metrics import attack_success, average_precision, evaluate
 
@@ -100,3 +100,10 @@ def test_average_precision_takes_ties_in_the_order_given() -> None:
 
 def test_without_positives_there_is_no_average_precision() -> None:
     assert math.isnan(average_precision(torch.arange(3), torch.zeros(3, dtype=torch.bool)))
+
+
+def test_sets_in_any_form() -> None:
+    images = torch.rand(6, 1, 4, 4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    pair = (images, torch.arange(6) % 3)
+    assert evaluate(model, pair) == evaluate(model, as_image_set(pair))

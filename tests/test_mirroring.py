@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe_fast.config import FineTuneConfig
+from pbe_fast.config import AttackConfig, FineTuneConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner
@@ -49,6 +51,13 @@ def test_auto_mirrors_where_the_model_does_not_mind(handed: bool, expected: str)
 def test_what_was_asked_for_by_name_stays(kind: str) -> None:
     config = FineTuneConfig(augment=kind)
     assert _resolve(config, Brighter(handed=True)) is config
+
+
+def test_an_attack_has_no_model_to_ask() -> None:
+    with pytest.raises(InputError, match=r"augment.*got auto; accepted: none, crop, crop\+flip in an attack"):
+        AttackConfig(training=FineTuneConfig(augment="auto"))
+    (field,) = (f for f in dataclasses.fields(AttackConfig().training) if f.name == "augment")
+    assert "auto" not in field.metadata["choices"] and "auto" not in field.metadata["help"]
 
 
 def test_the_fine_tuner_wants_it_settled() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pbe_fast.data import ImageSet
+from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.errors import InputError
 from pbe_fast.poison import covered_test_set, poison, target_labels, triggered_test_set
 from pbe_fast.triggers import SIG, BadNets, Blend, InputAware, Trigger, WaNet
@@ -242,3 +242,11 @@ def test_every_test_image_is_triggered(setting: str) -> None:
 def test_images_of_another_shape_than_the_trigger_s() -> None:
     with pytest.raises(InputError, match="images for the blend trigger; got shape"):
         poison(_clean(), Blend((1, 16, 16)))
+
+
+def test_images_in_any_form() -> None:
+    pair = (torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
+    trigger = BadNets((1, 8, 8))
+    assert torch.equal(poison(pair, trigger).images, poison(as_image_set(pair), trigger).images)
+    with pytest.raises(InputError, match=r"seed; got 0\.5"):
+        poison(pair, trigger, seed=0.5)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfi
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.streaming import stream
-from pbe_fast.errors import InputError
+from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
 from pbe_fast.poison import triggered_test_set
@@ -178,12 +179,14 @@ def test_every_round_of_algorithm_1_is_in_the_history(infected: InfectedModel) -
     for entry in result.history:
         assert math.isfinite(entry["adversarial_loss"])
         assert math.isfinite(entry["clean_loss"])
-        assert entry["seconds"] > 0
+        assert entry["seconds"].keys() == {"adversarial", "clean", "ranking"}
+        assert all(seconds > 0 for seconds in entry["seconds"].values())
         assert 0 < entry["ap_of_poisoned"] <= 1
         assert 0 < entry["ap_of_clean"] <= 1
         assert 0 <= entry["extra_set_poison_rate"] <= 1
     json.dumps(result.history, allow_nan=False)
-    assert set(result.seconds) >= {"adversarial", "clean", "ranking"}
+    for phase in ("adversarial", "clean", "ranking"):
+        assert result.seconds[phase] == pytest.approx(sum(entry["seconds"][phase] for entry in result.history))
     assert result.config.fractions == (0.1, 0.25, 0.5)
     assert result.precision == "float32"
     assert result.train_data is not None
@@ -363,6 +366,7 @@ def test_with_a_clean_set_there_is_one_round_and_a_ranking_for_the_record(infect
     result = run(infected.model, infected.train_data, quarters(40, seed=1))
     (entry,) = result.history
     assert entry["extra_set_size"] == 40
+    assert entry["seconds"].keys() == {"adversarial", "clean", "ranking"}
     assert "extra_set_poison_rate" not in entry
     assert {"ap_of_poisoned", "ap_of_clean"} <= set(entry)
     assert result.ranking is not None
@@ -374,7 +378,7 @@ def test_with_a_clean_set_the_training_set_may_be_missing_and_changes_nothing(in
     alone = run(infected.model, None, clean)
     assert alone.ranking is None
     assert alone.train_data is None
-    assert len(alone.history) == 1
+    assert len(alone.history) == 1 and alone.history[0]["seconds"].keys() == {"adversarial", "clean"}
     with pytest.raises(ValueError, match="no ranking"):
         alone.suspected()
     assert torch.equal(logits(alone.model), logits(run(infected.model, infected.train_data, clean).model))
@@ -426,6 +430,78 @@ def test_models_that_cannot_be_used(model: Any, text: str) -> None:
     for train, clean in ((quarters(), None), (None, quarters())):
         with pytest.raises(InputError, match=text):
             run(model, train, clean)
+
+
+class Uncopied(nn.Sequential):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("cannot pickle a lock")
+
+
+def test_models_that_cannot_be_trained(infected: InfectedModel) -> None:
+    images = torch.rand(2, *SHAPE)
+    cases: list[tuple[nn.Module, str]] = [
+        (nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(4)), "got Sequential without parameters"),
+        (torch.jit.trace(infected.model.eval(), images), "got a TorchScript model"),
+        (Uncopied(nn.Flatten(), nn.Linear(64, 4)), r"cannot be copied .*Uncopied; got TypeError: cannot pickle a lock"),
+    ]
+    for model, text in cases:
+        for train, clean in ((quarters(), None), (None, quarters())):
+            with pytest.raises(InputError, match=text):
+                run(model, train, clean)
+
+
+def test_one_image_is_too_few_for_batch_normalisation(infected: InfectedModel) -> None:
+    with pytest.raises(InputError, match="number of clean images; got 1; accepted: 2 or more"):
+        run(infected.model, None, quarters(1))
+    with pytest.raises(InputError, match="images that the smallest fraction makes; got 1; accepted: 2 or more"):
+        run(infected.model, quarters(), fractions=(0.3, 0.005))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    assert run(plain, None, quarters(1)).history[0]["extra_set_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"config": PGDConfig()}, "config; got PGDConfig; accepted: a PurifyConfig"),
+        (
+            {"config": {"fractions": (0.1,)}},
+            r"config; got dict; accepted: a PurifyConfig; .*\(\*\*options\)",
+        ),
+        ({"config": {}}, "config; got dict"),
+        ({"seed": 2**70}, f"seed; got {2**70}; accepted: a whole number from -2"),
+        ({"seed": 1.5}, r"seed; got 1\.5"),
+        ({"seed": True}, "seed; got True"),
+    ],
+)
+def test_options_of_another_kind(infected: InfectedModel, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        purify(infected.model, infected.train_data, progress=False, **options)
+    with pytest.raises(InputError, match=text.replace("PurifyConfig", "AttackConfig")):
+        train_infected(infected.model, quarters(), progress=False, **options)
+
+
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("with_clean_set", [False, True])
+def test_gradients_are_on_inside_wherever_it_is_called(
+    infected: InfectedModel, switched_off: Callable[[], Any], with_clean_set: bool
+) -> None:
+    expected = run(infected.model, infected.train_data, quarters(40, seed=1) if with_clean_set else None)
+    with switched_off():
+        # Images that were made inside have no gradients for good.
+        result = run(infected.model, infected.train_data, quarters(40, seed=1) if with_clean_set else None)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(logits(result.model), logits(expected.model))
+    assert [p.requires_grad for p in result.model.parameters()] == [True] * 6
+    result.model(torch.rand(2, *SHAPE)).sum().backward()
+
+
+def test_logits_that_stand_for_no_class_are_told(infected: InfectedModel) -> None:
+    few = ImageSet(quarters().images, torch.arange(160) % 3, tuple("abc"))
+    with pytest.warns(PBEWarning, match="the data has 3 classes and the model 4 logits"):
+        run(infected.model, few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(infected.model, quarters())
 
 
 def test_a_device_and_a_precision_that_are_not_there(infected: InfectedModel) -> None:

@@ -73,7 +73,7 @@ def test_a_model_that_came_without_training_images(tmp_path: Path) -> None:
     out = make_result(SmallCNN(5, 3, 6), ranked=False).save(tmp_path / "known")
     assert load_model(out)[1].to_dict() == {
         "arch": "small_cnn", "num_classes": 5, "in_channels": 3, "image_size": None, "width": 6, "mean": None,
-        "std": None,
+        "std": None, "class_names": None,
     }  # fmt: skip
     assert not (out / "ranking.csv").exists()
     with pytest.raises(ValueError, match="no ranking"):

@@ -23,6 +23,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import Command, Console, open_output
 from pbe_fast.config import AttackConfig
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast attack --data digits:train --test digits:test --arch small_cnn \\
@@ -108,6 +109,11 @@ def attack(
     """
     config = with_values(AttackConfig(), flags)
     hyperparameters = dict(_name_and_value(text) for text in trigger_option)
+    if taken := [name for name in ("name", "image_shape") if name in hyperparameters]:
+        raise click.BadParameter(
+            f"{taken[0]!r} is settled by --attack and the images; accepted: a hyperparameter of the trigger",
+            param_hint="--trigger-option",
+        )
     open_output(out, force=force)
 
     from pbe_fast import runs
@@ -117,11 +123,15 @@ def attack(
     from pbe_fast.report.tables import metrics_table
     from pbe_fast.triggers import make_trigger
 
+    interrupts.check()
     clock = runs.Clock()
     resolve_device(device)
     with clock.phase("reading"):
         source = runs.Source.read(data, image_size=image_size, progress=console.progress)
-        tests = runs.Source.read(test, image_size=image_size, progress=console.progress) if test else None
+        tests = None
+        if test is not None:
+            names = source.data.class_names
+            tests = runs.Source.read(test, image_size=image_size, class_names=names, progress=console.progress)
         runs.require_same_kind(source, tests)
         train, clean = runs.reserve(source.data, limit=limit, clean_count=clean_count, seed=seed)
     trigger = make_trigger(config.attack, train.image_shape, **{"seed": seed, **hyperparameters})

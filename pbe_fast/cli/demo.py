@@ -15,6 +15,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console, open_output
 from pbe_fast.cli.texts import onnx_text
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast demo
@@ -52,6 +53,7 @@ def demo(
     from pbe_fast.report.tables import metrics_table
     from pbe_fast.runs import models_of
 
+    interrupts.check()
     report = run_demo(
         out,
         attack=attack,

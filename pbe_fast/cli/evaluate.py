@@ -15,6 +15,7 @@ from pbe_fast.cli.options import (
     path_option,
 )
 from pbe_fast.cli.shell import Command, Console
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast evaluate --model infected/ --model purified/ \\
@@ -59,11 +60,13 @@ def evaluate(
     from pbe_fast.engine.precision import resolve_device, resolve_precision
     from pbe_fast.report.tables import metrics_table
 
+    interrupts.check()
     dtype = resolve_precision(resolve_device(device), precision)
-    loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std)[0] for path in models}
+    loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in models}
+    names = runs.shared_names({path: spec for path, (_, spec) in loaded.items()})
     named = runs.name_models(models)
     sources = {
-        name: runs.Source.read(origin, image_size=image_size, progress=console.progress)
+        name: runs.Source.read(origin, image_size=image_size, class_names=names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))
         if origin is not None
     }
@@ -71,7 +74,7 @@ def evaluate(
     sets = {name: source.data for name, source in sources.items()}
     metrics = {
         name: runs.measure(
-            loaded[path],
+            loaded[path][0],
             sets["test"],
             sets.get("triggered"),
             device=device,

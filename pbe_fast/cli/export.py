@@ -16,6 +16,7 @@ from pbe_fast.cli.options import (
     path_option,
 )
 from pbe_fast.cli.shell import Command, Console, open_file
+from pbe_fast.engine import interrupts
 from pbe_fast.errors import InputError
 
 _EXAMPLE = """
@@ -63,6 +64,7 @@ def export(
     from pbe_fast import runs
     from pbe_fast.export import export_onnx
 
+    interrupts.check()
     size = None if image_size is None else (image_size, image_size)
     network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std, image_size=size)
     if spec.image_size is None:

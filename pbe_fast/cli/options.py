@@ -219,10 +219,12 @@ def device_options(precision: str) -> Callable[[F], F]:
     return decorate
 
 
+# What `pbe_fast.engine.seeding` takes.
+SEED = click.IntRange(0, 2**63 - 1)
 seed_option = option(
     "--seed",
     section=RUN,
-    type=click.IntRange(0),
+    type=SEED,
     metavar="N",
     default=0,
     show_default=True,
@@ -250,6 +252,8 @@ def console_options(function: F) -> F:
     )
     @functools.wraps(function)
     def wrapped(*args: Any, quiet: bool, as_json: bool, **kwargs: Any) -> Any:
-        return function(*args, console=Console(as_json=as_json, quiet=quiet), **kwargs)
+        console = Console(as_json=as_json, quiet=quiet)
+        with console.notes_for_warnings():
+            return function(*args, console=console, **kwargs)
 
     return typing.cast(F, wrapped)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +27,14 @@ from pbe_fast.cli.options import (
 from pbe_fast.cli.shell import Command, Console, open_output
 from pbe_fast.cli.texts import findings_text, ranking_text
 from pbe_fast.config import PurifyConfig
+from pbe_fast.engine import interrupts
 from pbe_fast.errors import InputError
 
 if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
+# How Algorithm 1 chooses its extra sets.
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
@@ -119,14 +124,22 @@ def purify(
         raise click.UsageError("--clean-count needs --clean, to draw from")
     if out.resolve() == model.resolve():
         raise InputError("--out", got=f"{out}, which is --model", accepted="another folder")
+    if method == "pbe" and clean is not None:
+        unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
+        if unused:
+            console.note(f"note: {', '.join(unused)} changes nothing with --clean: there is no extra set to choose")
     open_output(out, force=force)
 
+    if profile:
+        # Kineto, torch's profiler, announces itself on stderr; what it is told before torch is loaded holds.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import pbe_fast
     from pbe_fast import runs
     from pbe_fast.engine.precision import resolve_device
     from pbe_fast.models import check_model
     from pbe_fast.report.tables import metrics_table, named_models
 
+    interrupts.check()
     clock = runs.Clock()
     resolve_device(device)
     infected, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
@@ -139,10 +152,15 @@ def purify(
             test=test,
             triggered=triggered,
             image_size=image_size,
+            class_names=spec.class_names,
             seed=seed,
             progress=console.progress,
         )
     sets = {name: source.data for name, source in sources.items() if source is not None}
+    if spec.class_names is None:
+        # What the next command is to number its images by.
+        names = sets["train" if "train" in sets else "clean"].class_names
+        spec = dataclasses.replace(spec, class_names=names if len(names) <= spec.num_classes else None)
     for data in sets.values():
         check_model(infected, data.image_shape, data.num_classes)
     console.note(_plan(sets, config, METHOD_NAMES[method]))

@@ -18,6 +18,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import Command, Console, open_file
 from pbe_fast.cli.texts import ranking_text
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast rank --infected infected/ --purified purified/ --data infected/train.npz --out ranking.csv
@@ -60,14 +61,13 @@ def rank(
     from pbe_fast import runs
     from pbe_fast.result import plain, summarize, write_ranking
 
-    models = {
-        name: runs.open_model(path, arch=arch, width=width, mean=mean, std=std)[0]
-        for name, path in (("infected", infected), ("purified", purified))
-    }
-    source = runs.Source.read(data, image_size=image_size, progress=console.progress)
+    interrupts.check()
+    opened = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in (infected, purified)}
+    names = runs.shared_names({path: spec for path, (_, spec) in opened.items()})
+    source = runs.Source.read(data, image_size=image_size, class_names=names, progress=console.progress)
     ranking = runs.rank_with(
-        models["infected"],
-        models["purified"],
+        opened[infected][0],
+        opened[purified][0],
         source.data,
         device=device,
         precision=precision,

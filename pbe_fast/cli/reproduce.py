@@ -7,6 +7,7 @@ import click
 
 from pbe_fast.cli.options import INPUT, OUTPUT, RUN, console_options, device_options, option, path_option
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console
+from pbe_fast.engine import interrupts
 from pbe_fast.errors import InputError
 
 _WHAT = "What"
@@ -114,16 +115,20 @@ def reproduce(
         raise InputError("--weights", got=f"{weights}, which is no file", accepted="a .safetensors, .pt or .pth file")
     if data is not None and not data.is_dir():
         raise InputError("--data", got=f"{data}, which is no folder", accepted="the folder with the images")
-    folder = prepare_output(out / scale, force=True)
-    drawn = folder if drawings is None else prepare_output(drawings, force=True)
 
     from pbe_fast.engine.precision import resolve_device
     from pbe_fast.reproduce import Job, Store, cells_of, make_cells, make_table
     from pbe_fast.reproduce.figures import draw_figure
     from pbe_fast.reproduce.scanned import make_scan_table, save_scan_table
 
+    interrupts.check()
     resolve_device(device)
-    store, cells = Store(folder), cells_of(request, chosen)
+    store, cells = Store(out / scale), cells_of(request, chosen)
+    unmade = dict.fromkeys(cell.subject.data for cell in cells if not store.done(cell))
+    if data is None and not draw_only and (real := [name for name in unmade if name != "digits"]):
+        raise InputError("--data", got=f"none, for the images of {', '.join(real)}", accepted="the folder with them")
+    folder = prepare_output(out / scale, force=True)
+    drawn = folder if drawings is None else prepare_output(drawings, force=True)
     there = sum(store.done(cell) for cell in cells)
     console.note(f"{len(cells)} cells at scale {scale}, {there} of them finished; {folder}")
     failed: dict[str, str] = {}

@@ -23,6 +23,7 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console, open_output
 from pbe_fast.config import ScanConfig
+from pbe_fast.engine import interrupts
 
 _EXAMPLE = """
 pbe-fast scan --model infected/ --data infected/train.npz --out scan/
@@ -76,9 +77,10 @@ def scan(
     from pbe_fast import runs
     from pbe_fast.engine.precision import resolve_device
 
+    interrupts.check()
     resolve_device(device)
-    network, _ = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
-    source = runs.Source.read(data, image_size=image_size, progress=console.progress)
+    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    source = runs.Source.read(data, image_size=image_size, class_names=spec.class_names, progress=console.progress)
     console.note(f"attacking up to {config.images:,} of {len(source.data):,} images of {source.data.name}")
     found = pbe_fast.scan(
         network,

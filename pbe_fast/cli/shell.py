@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pbe_fast.errors import OutputError, PBEError, VerificationError
+from pbe_fast.cli import EXIT_INTERRUPT, INTERRUPTED
+from pbe_fast.engine import interrupts
+from pbe_fast.errors import OutputError, PBEError, PBEWarning, VerificationError
 
-EXIT_CHECK, EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPT = 1, 2, 3, 130
+EXIT_CHECK, EXIT_INPUT, EXIT_BUG = 1, 2, 3
 
 EXIT_CODES = """\b
 Exit codes:
@@ -69,9 +73,18 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
+            result = self._invoke(ctx)
+            interrupts.check()
+            return result
+        except BaseException as error:
+            # Caught on its way, a Ctrl-C leaves errors of another kind, or none.
+            if isinstance(error, KeyboardInterrupt) or interrupts.pressed():
+                self._end(ctx, EXIT_INTERRUPT, INTERRUPTED)
+            raise
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            self._end(ctx, EXIT_INTERRUPT, "interrupted: nothing half-written was left")
         except BrokenPipeError:
             raise
         except VerificationError as error:
@@ -82,6 +95,8 @@ class Group(click.Group):
             _remove_if_empty(ctx)
             raise
         except Exception as error:
+            if interrupts.pressed():
+                raise
             click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             self._end(ctx, EXIT_BUG, "error: this is a fault of pbe-fast; please report it with the lines above")
 
@@ -135,9 +150,34 @@ class Console:
 
     def note(self, text: str) -> None:
         """Something that is good to know while the command runs."""
+        interrupts.check()
         if self.progress:
             click.echo(text, err=True)
 
+    @contextmanager
+    def notes_for_warnings(self) -> Iterator[None]:
+        """The package's own warnings become notes, each of them once; those of others stay what they are."""
+        said: set[str] = set()
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, PBEWarning):
+                others(message, category, *where, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                self.note(f"note: {message}")
+
+        with warnings.catch_warnings():
+            others, warnings.showwarning = warnings.showwarning, show
+            warnings.simplefilter("always", PBEWarning)
+            yield
+
     def result(self, text: str, report: Mapping[str, Any]) -> None:
         """What the command was run for: ``report`` with --json, else ``text``."""
-        click.echo(json.dumps(report, indent=2, allow_nan=False) if self.as_json else text)
+        interrupts.check()
+        if not self.as_json:
+            click.echo(text)
+            return
+        from pbe_fast.result import plain  # loads torch, which every command with a result has done by now
+
+        # A share of no image is not a number, and JSON has no word for that.
+        click.echo(json.dumps(plain(report), indent=2, allow_nan=False))

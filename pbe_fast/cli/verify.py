@@ -8,6 +8,7 @@ from pbe_fast.cli.options import (
     DATA_HELP,
     INPUT,
     RUN,
+    SEED,
     console_options,
     image_size_option,
     model_options,
@@ -17,6 +18,8 @@ from pbe_fast.cli.options import (
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console
 from pbe_fast.cli.texts import onnx_text
+from pbe_fast.engine import interrupts
+from pbe_fast.errors import InputError
 
 _EXAMPLE = """
 pbe-fast verify --onnx purified/model.onnx --model purified/ \\
@@ -39,7 +42,7 @@ pbe-fast verify --onnx purified/model.onnx --model purified/ \\
     show_default=True,
     help="largest difference of a logit that is accepted",
 )
-@option("--seed", section=RUN, type=click.IntRange(0), metavar="N", default=0, help="of the random images")
+@option("--seed", section=RUN, type=SEED, metavar="N", default=0, help="of the random images")
 @console_options
 @click.pass_context
 def verify(
@@ -65,14 +68,23 @@ def verify(
     """
     from pbe_fast import runs
     from pbe_fast.export import verify_onnx
+    from pbe_fast.export.graph import read_graph
 
-    network, _ = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    interrupts.check()
+    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
     sources = {
-        name: runs.Source.read(origin, image_size=image_size, progress=console.progress)
+        name: runs.Source.read(origin, image_size=image_size, class_names=spec.class_names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))
         if origin is not None
     }
     runs.require_true_labels(sources.get("triggered"))
+    # Of images that fit neither the file nor the model, they are what is wrong.
+    shape, wanted = sources["test"].data.image_shape, spec.image_shape if spec.image_size is not None else None
+    if wanted is not None and shape != wanted and onnx.is_file():
+        taken = read_graph(onnx.read_bytes(), str(onnx)).image_shape
+        if shape != taken:
+            accepted = f"{taken}, as the file takes them (--image-size PIXELS resizes)"
+            raise InputError(f"image shape of {test}", got=shape, accepted=accepted)
     found = verify_onnx(
         onnx,
         network,

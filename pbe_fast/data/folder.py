@@ -41,7 +41,7 @@ def read(source: Any, options: ReadOptions) -> ImageSet:
             does not decode (naming the file).
     """
     root = Path(source).expanduser()
-    folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
+    folders = class_folders(root)
     _check_layout(root, folders)
     classes = [folder.name for folder in folders]
     numbers = _class_numbers(root, classes, options.class_names)
@@ -59,6 +59,11 @@ def read(source: Any, options: ReadOptions) -> ImageSet:
         chunked(paths), len(paths), lambda path: decode(path, options.size), where, progress=options.progress
     )
     return ImageSet(images, labels, names, name=options.name or root.resolve().name)
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The folders of a tree that stand for classes, sorted by name."""
+    return sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
 
 
 def _check_layout(root: Path, folders: list[Path]) -> None:

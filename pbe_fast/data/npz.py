@@ -89,16 +89,19 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise InputError("no such file", got=str(path), accepted=LAYOUT)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive of named ones")
-        with loaded:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("a file that is no zip archive, or not a whole one")
+        with np.load(path, allow_pickle=False) as loaded:
             large = path.stat().st_size >= memory_map.MAP_FROM_BYTES and "images" in loaded.files
             images = memory_map.map_member(path, "images") if large else None
             mapped = {} if images is None else {"images": images}
             return {key: loaded[key] for key in loaded.files if key not in mapped} | mapped
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"an .npz file that cannot be read: {path}", got=str(error), accepted=LAYOUT) from error
+    except Exception as error:  # a damaged file fails in whatever way its bytes suggest
+        got = str(error) or type(error).__name__
+        if "allow_pickle" in got:
+            # numpy's advice is to load it all the same, which would run what is in it.
+            got = "an array of Python objects, which is a pickle and was not loaded"
+        raise InputError(f"an .npz file that cannot be read: {path}", got=got, accepted=LAYOUT) from error
 
 
 def _image_set(stored: dict[str, NDArray[Any]], path: Path, options: ReadOptions) -> ImageSet:
@@ -109,10 +112,13 @@ def _image_set(stored: dict[str, NDArray[Any]], path: Path, options: ReadOptions
         )
     images = arrays.to_uint8(stored["images"])
     labels = as_labels(stored["labels"], len(images))
-    known = [str(name) for name in stored["class_names"].tolist()] if "class_names" in stored else None
+    known = _class_names(stored["class_names"]) if "class_names" in stored else None
     names = resolve_class_names(labels, known, options, where=lambda i: f"index {i}")
     truth = stored.get("true_labels")
     mask = stored.get("poison_mask")
+    if mask is not None and mask.dtype != np.bool_:
+        accepted = f"bool of shape ({len(images)},), one per image"
+        raise InputError("poison_mask", got=f"{mask.dtype} of shape {mask.shape}", accepted=accepted)
     return ImageSet(
         images,
         labels,
@@ -121,3 +127,9 @@ def _image_set(stored: dict[str, NDArray[Any]], path: Path, options: ReadOptions
         true_labels=None if truth is None else as_labels(truth, len(images)),
         name=options.name or (str(stored["name"]) if "name" in stored else path.stem),
     )
+
+
+def _class_names(stored: NDArray[Any]) -> list[str]:
+    if stored.ndim != 1:
+        raise InputError("class_names", got=f"an array of shape {stored.shape}", accepted="(K,), one name per class")
+    return [str(name) for name in stored.tolist()]

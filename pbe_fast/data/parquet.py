@@ -97,7 +97,12 @@ def _labels(column: Any, where: Callable[[int], str]) -> torch.Tensor:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise InputError("a label that is missing", got=f"null at {where(row)}", accepted="a whole number per image")
-    return torch.as_tensor(column.to_pylist(), dtype=torch.int64)
+    values = column.to_pylist()
+    largest = max(values, default=0)
+    if largest > torch.iinfo(torch.int64).max:
+        row = values.index(largest)
+        raise InputError("labels out of range", got=f"label {largest} at {where(row)}", accepted="int64")
+    return torch.as_tensor(values, dtype=torch.int64)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label_column: str) -> list[str] | None:

@@ -70,6 +70,9 @@ def as_image_set(
         size=(size, size) if isinstance(size, int) else size,
         progress=progress,
     )
+    if isinstance(source, str) and not source:
+        # As a path it would be the current folder.
+        raise InputError("data", got="an empty name", accepted="; ".join(reader.form for reader in READERS))
     for reader in READERS:
         if reader.accepts(source):
             data = reader.read(source, options)

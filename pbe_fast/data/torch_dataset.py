@@ -62,15 +62,25 @@ def read(source: Any, options: ReadOptions, *, parallel: bool = False, known: Se
 
 
 def _item(source: Any, i: int) -> tuple[Any, int]:
-    item = source[i]
+    try:
+        item = source[i]
+    except Exception as error:  # code of the user's
+        raise InputError(
+            f"item {i} of the dataset cannot be read: {type(source).__name__}",
+            got=f"{type(error).__name__}: {error}",
+            accepted=f"a dataset whose items are {ITEMS}",
+        ) from error
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list, dict)) else ""
         raise InputError(f"item {i} of the dataset", got=f"{type(item).__name__}{size}", accepted=ITEMS)
     image, label = item
     try:
-        return image, operator.index(label)
+        number = operator.index(label)
     except TypeError as error:
         raise InputError(f"label of item {i}", got=f"{label!r} ({type(label).__name__})", accepted=ITEMS) from error
+    if abs(number) > torch.iinfo(torch.int64).max:
+        raise InputError(f"label of item {i}", got=number, accepted="int64")
+    return image, number
 
 
 def _pixels(image: Any, i: int, size: tuple[int, int] | None) -> Pixels:

@@ -1,4 +1,4 @@
-"""The five baselines: defences that need clean images, each with the call of `pbe_fast.purify`.
+"""The five baselines: defences that need clean images, each called as ``defense(model, clean_data)``.
 
 from pbe_fast import defenses
 result = defenses.nad(model, clean_data)

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.baselines import BASELINES, BaselineConfig
-from pbe_fast.config import FineTuneConfig
+from pbe_fast.config import FineTuneConfig, check_kind
 from pbe_fast.data import ImageSet, as_train_and_clean, split
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
-from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
-from pbe_fast.models import check_model
+from pbe_fast.mirroring import resolve_augment
+from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.ranking import Ranking, rank_images
 from pbe_fast.result import PurifyResult
 
@@ -53,6 +55,7 @@ class Work:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.pictures: dict[str, Tensor] = {}
+        self._configs: dict[FineTuneConfig, FineTuneConfig] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[dict[str, Any]]:
@@ -76,6 +79,7 @@ class Work:
         **options: Any,
     ) -> None:
         """A step of the history: ``epochs`` passes over ``data`` and at least ``min_updates`` updates of ``model``."""
+        config = self._settled(config)
         updates = max(min_updates, epochs * steps_per_epoch(len(data), config.batch_size))
         with self.step(name) as entry:
             run = tuner(
@@ -87,7 +91,22 @@ class Work:
                 show_progress=self.progress,
                 **options,
             )
-            entry |= {"images": len(data), "updates": updates, "loss": run.run(data, steps=updates, desc=name)}
+            loss = run.run(data, steps=updates, desc=name)
+            entry |= {"images": len(data), "updates": updates, "augment": config.augment, "loss": loss}
+
+    def _settled(self, config: FineTuneConfig) -> FineTuneConfig:
+        """With "auto" settled, once for all steps: by the infected model, as PBE does it."""
+        if config not in self._configs:
+            self._configs[config] = resolve_augment(
+                config,
+                self.infected,
+                self.clean,
+                device=self.clean.device,
+                generator=self.generator,
+                dtype=self.dtype,
+                show_progress=self.progress,
+            )
+        return self._configs[config]
 
     def hold_out(self, share: float) -> tuple[ImageSet, ImageSet]:
         """The clean set in two, class by class: to work on, and to check accuracy on.
@@ -108,13 +127,14 @@ class Work:
 
 
 class Defense(ABC, Generic[C]):
-    """A defence that needs clean images, with the call of `pbe_fast.purify`.
+    """A defence that needs clean images: `pbe_fast.purify` with these as its second argument.
 
     Subclasses name their ``method`` and write `run`.
     """
 
     method: ClassVar[str]
 
+    @gradients()
     def __call__(
         self,
         model: nn.Module,
@@ -147,13 +167,17 @@ class Defense(ABC, Generic[C]):
         Raises:
             InputError: Data or a model that this defence cannot use, before any work starts.
         """
-        config = config or cast(C, BASELINES[self.method])
+        config = cast(C, BASELINES[self.method]) if config is None else config
+        check_kind(config, type(BASELINES[self.method]))
+        seed = check_seed(seed)
         where = resolve_device(device)
         if clean_data is None:
             raise InputError(f"clean_data of {self.method}", got="none", accepted="a few trusted images")
         train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
         assert clean is not None
         check_model(model, clean.image_shape, clean.num_classes)
+        check_trainable(model)
+        check_batch(model, len(clean), "clean images")
         work = Work(model, clean.to(where), seed=seed, device=where, precision=precision, progress=progress)
         with seeded(seed, where):
             self.run(work, config)

@@ -7,10 +7,28 @@ import copy
 import torch
 from torch import nn
 
+from pbe_fast.errors import InputError
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with ``model``.
+
+    Raises:
+        InputError: A model that cannot be copied, as one that holds a lock, or a tensor that was computed.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever its own __deepcopy__ or __reduce__ does
+        raise InputError(
+            f"the model cannot be copied (copy.deepcopy): {type(model).__name__}",
+            got=f"{type(error).__name__}: {error}",
+            accepted="a module that holds parameters, buffers, submodules and plain values",
+        ) from error
+
 
 def frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy on ``device`` in float32 and channels_last, in eval mode, whose parameters take no gradients."""
-    copied: nn.Module = copy.deepcopy(model).to(device=device, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copied: nn.Module = deep_copy(model).to(device=device, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied.eval().requires_grad_(False)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pbe_fast.errors import OutputError
@@ -57,6 +58,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write a run's files into, which take the places of an earlier run's when the block ends well.
+
+    Until then the earlier run is whole: when the block raises, nothing of it has changed.
+
+    Args:
+        folder: Where the files will be.
+        last: The file that speaks of the others, and so gets its place after them.
+        stale: Names or patterns of an earlier run's files that the new ones make untrue.
+    """
+    fresh = folder / f".{secrets.token_hex(4)}.tmp"
+    fresh.mkdir()
+    try:
+        yield fresh
+        for pattern in stale:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for path in sorted(fresh.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pbe_fast.engine import interrupts
+
 T = TypeVar("T")
 
 DELAY_S = 2.0
@@ -26,6 +28,7 @@ def progress(iterable: Iterable[T], *, total: int | None = None, desc: str = "",
     Returns:
         The bar, to iterate over; ``set_postfix(loss=...)`` shows a figure beside it.
     """
+    interrupts.check()
     # A terminal redraws one line; a log file gets a line each time.
     interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
     return tqdm(

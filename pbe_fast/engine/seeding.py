@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from pbe_fast.errors import InputError
+
+_LIMIT = 2**63
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int.
+
+    Raises:
+        InputError: Anything but a whole number of 64 bits, which is what torch takes; it would say so in the middle of
+            a run.
+    """
+    try:
+        number = _LIMIT if isinstance(seed, bool) else operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = _LIMIT
+    if not -_LIMIT <= number < _LIMIT:
+        raise InputError("seed", got=repr(seed), accepted="a whole number from -2^63 to 2^63 - 1")
+    return number
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pbe_fast.errors import InputError
+from pbe_fast.errors import InputError, PBEWarning
 
 _BATCH = 2
 
@@ -22,7 +24,7 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
     Args:
         model: What the user gave.
         image_shape: (C, H, W) of the images it will see.
-        num_classes: Number of classes of the data; more logits than that are accepted, fewer are not.
+        num_classes: Number of classes of the data; more logits than that bring a `PBEWarning`, fewer are refused.
 
     Returns:
         The number of logits K.
@@ -59,7 +61,44 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
         )
     if not bool(logits.isfinite().all()):
         raise InputError("logits of the model", got="values that are NaN or infinite", accepted="finite logits")
+    if logits.shape[1] > num_classes:
+        warnings.warn(
+            f"the data has {num_classes} classes and the model {logits.shape[1]} logits: those beyond the classes "
+            "count as wrong answers; if the data only lacks some classes, class_names says which label is which",
+            PBEWarning,
+            # The caller of purify and its like, which are decorated.
+            stacklevel=4,
+        )
     return int(logits.shape[1])
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained.
+
+    Raises:
+        InputError: A TorchScript model, or one without parameters.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        got = f"a TorchScript model ({type(model).__name__})"
+        raise InputError("model to train", got=got, accepted="the torch.nn.Module that it was made of")
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise InputError("model to train", got=f"{type(model).__name__} without parameters", accepted="one with some")
+
+
+def check_batch(model: nn.Module, images: int, what: str) -> None:
+    """Refuse a single image to train a model with batch normalisation on: it has no deviation to normalise by.
+
+    Args:
+        model: The model.
+        images: How many there are.
+        what: What to call them in the message.
+
+    Raises:
+        InputError: One image, and a model with batch normalisation.
+    """
+    if images < 2 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        accepted = "2 or more, for a model with batch normalisation"
+        raise InputError(f"number of {what}", got=images, accepted=accepted)
 
 
 def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:

@@ -101,6 +101,9 @@ def load_model(
         InputError: Not there, damaged, or weights that do not fit the network, naming keys and shapes.
         UnsafeFileError: A pickle with code in it, or a config that names the user's own code while ``arch`` does not.
     """
+    if (mean is None) != (std is None):
+        got = "mean without std" if std is None else "std without mean"
+        raise InputError("normalisation of the images (--mean, --std)", got=got, accepted="both or none")
     path = Path(path)
     folder, weights = (path, path / WEIGHTS_NAME) if path.is_dir() else (path.parent, path)
     state = read_weights(weights)
@@ -123,6 +126,9 @@ def load_model(
                 f"{folder / CONFIG_NAME} names code to import; got arch '{spec.arch}'; "
                 "accepted: the same name given by you as arch (--arch), where you trust it"
             )
+        if given.get("num_classes", spec.num_classes) != spec.num_classes:
+            # The names were those of other logits.
+            spec = dataclasses.replace(spec, class_names=None)
         spec = dataclasses.replace(spec, **given)
     model = _build(spec)
     state = _fit_normalisation(state, spec)

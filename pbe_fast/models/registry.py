@@ -22,6 +22,8 @@ from pbe_fast.torchvision_compat import import_torchvision
 ACCEPTED_ARCHS = "'preact_resnet18', 'resnet18', 'small_cnn', 'torchvision:NAME' or 'module:function'"
 UNKNOWN_ARCH = "unknown"
 _OURS: dict[str, Callable[..., nn.Module]] = {"preact_resnet18": PreActResNet18, "small_cnn": SmallCNN}
+# Of the first stage. The last one of a ResNet is eight times as wide, and its weights grow with the square.
+MAX_WIDTH = 4096
 OWN_ARCHS = tuple(_OURS)
 # These two return tuples in training unless their auxiliary heads are left out.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -39,9 +41,11 @@ class ModelSpec:
         width: Channels of the first stage; None for the architecture's own default, or where it has no such choice.
         mean: Per-channel mean of a `Normalized` wrapper, in units of [0, 1]; None without such a wrapper.
         std: Per-channel standard deviation, as ``mean``.
+        class_names: What the logits stand for, in their order, so that a set in which some classes are absent is
+            numbered as the training set was; None where it is not known. Logits beyond them stand for nothing.
 
     Raises:
-        InputError: A number below 1, or one of ``mean`` and ``std`` without the other.
+        InputError: A number below 1, more names than logits, or one of ``mean`` and ``std`` without the other.
     """
 
     arch: str
@@ -51,6 +55,7 @@ class ModelSpec:
     width: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str):
@@ -73,6 +78,14 @@ class ModelSpec:
                 raise InputError("a number in a model spec", got=repr(self), accepted="integers of 1 or more")
         if (self.mean is None) != (self.std is None):
             raise InputError("mean and std of a model spec", got=f"{self.mean} and {self.std}", accepted="both or none")
+        if self.class_names is not None:
+            given: object = self.class_names
+            names = tuple(given) if isinstance(given, list | tuple) else ()
+            if not 1 <= len(names) <= self.num_classes or not all(isinstance(name, str) for name in names):
+                raise InputError(
+                    "class_names of a model spec", got=repr(self.class_names), accepted=f"1 to {self.num_classes} names"
+                )
+            object.__setattr__(self, "class_names", names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -146,7 +159,17 @@ def build_model(
             got=f"num_classes {num_classes}, in_channels {in_channels}, width {width}",
             accepted="1 or more each",
         )
-    net = _build_net(arch, num_classes, in_channels, width)
+    if arch in OWN_ARCHS and width is not None and width > MAX_WIDTH:
+        raise InputError("width of a network", got=width, accepted=f"1 to {MAX_WIDTH}")
+    try:
+        net = _build_net(arch, num_classes, in_channels, width)
+    except (RuntimeError, MemoryError) as error:
+        # torch's allocator says what it could not get, and not what it was for.
+        raise InputError(
+            f"'{arch}' cannot be built",
+            got=f"num_classes {num_classes}, in_channels {in_channels}, width {width}: {str(error).splitlines()[0]}",
+            accepted="a network that fits in memory",
+        ) from error
     if mean is None or std is None:
         return net
     if len(mean) not in (1, in_channels):
@@ -170,7 +193,13 @@ def build_from_spec(spec: ModelSpec) -> nn.Module:
     )
 
 
-def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, int]) -> ModelSpec:
+def spec_of(
+    model: nn.Module,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...] | None = None,
+) -> ModelSpec:
     """The spec under which a model that came as an object can be saved.
 
     Our own networks are recognised, bare or inside a `Normalized`; for any other the arch is ``unknown``, and whoever
@@ -180,6 +209,7 @@ def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, 
         model: Any network.
         num_classes: Number of logits K.
         image_shape: (C, H, W) of its images.
+        class_names: What its logits stand for, where that is known.
     """
     mean = std = None
     if isinstance(model, Normalized):
@@ -189,7 +219,7 @@ def spec_of(model: nn.Module, *, num_classes: int, image_shape: tuple[int, int, 
     for name, kind in _OURS.items():
         if type(model) is kind and isinstance(model, PreActResNet18 | SmallCNN):
             arch, width = name, model.conv1.out_channels
-    return ModelSpec(arch, num_classes, image_shape[0], image_shape[1:], width, mean, std)
+    return ModelSpec(arch, num_classes, image_shape[0], image_shape[1:], width, mean, std, class_names)
 
 
 def is_user_code(arch: str) -> bool:
@@ -213,15 +243,15 @@ def _build_net(arch: str, num_classes: int, in_channels: int, width: int | None)
 
 
 def _build_torchvision(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
-    if in_channels != 3 or width is not None:
-        raise InputError(
-            f"torchvision's {name}", got=f"in_channels {in_channels}, width {width}", accepted="3 channels, no width"
-        )
     models = import_torchvision().models
     # Only this module's own list: the registry also holds detectors and segmenters, which return dictionaries.
     classifiers = models.list_models(module=models)
     if name not in classifiers:
         raise InputError("unknown torchvision classifier", got=repr(name), accepted=", ".join(classifiers))
+    if in_channels != 3 or width is not None:
+        raise InputError(
+            f"torchvision's {name}", got=f"in_channels {in_channels}, width {width}", accepted="3 channels, no width"
+        )
     options = {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
     net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     return net
@@ -247,7 +277,15 @@ def _build_user(arch: str, arguments: Mapping[str, int | None]) -> nn.Module:
             got=", ".join(unnamed),
             accepted=f"a function that needs none but {', '.join(arguments)}",
         )
-    model = function(**given)
+    try:
+        model = function(**given)
+    except Exception as error:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise InputError(
+            f"'{arch}' fails when it is called with {shown or 'nothing'}",
+            got=f"{type(error).__name__}: {error}",
+            accepted="a function that returns a torch.nn.Module",
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"what '{arch}' returned", got=type(model).__name__, accepted="a torch.nn.Module")
     return model
@@ -263,8 +301,9 @@ def _import_function(arch: str) -> Callable[..., Any]:
         function: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"architecture '{arch}' cannot be imported", got=error, accepted=ACCEPTED_ARCHS) from error
+    except (Exception, SystemExit) as error:  # whatever the user's module does as it is imported
+        got = error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"architecture '{arch}' cannot be imported", got=got, accepted=ACCEPTED_ARCHS) from error
     if not callable(function):
         raise InputError(f"architecture '{arch}'", got=type(function).__name__, accepted="a function or a class")
     return function  # type: ignore[no-any-return]

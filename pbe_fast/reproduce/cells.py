@@ -106,6 +106,8 @@ MATRICES = {
 SINGLE = Panel("cifar10", "blend", "all_to_one")
 # What each of them draws comes first.
 SINGLE_TASKS = {3: ("features",), 5: ("tsne",), 6: ("pbe_no_clean",), 7: ("pbe_no_clean", "before")}
+# All panels have these labels.
+TARGETS = tuple(range(10))
 FIGURE_NUMBERS = tuple(sorted({*MATRICES, *SINGLE_TASKS}))
 
 
@@ -139,8 +141,15 @@ class Request:
         _check("figure", self.figures, FIGURE_NUMBERS)
         _check("attack", self.attacks or (), ATTACKS)
         _check("defense", self.defenses or (), DEFENSES)
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError("seeds", got=self.seeds, accepted="different numbers of 0 or more, at least one")
+        # scikit-learn's t-SNE takes seeds of 32 bits.
+        known = all(0 <= seed < 2**32 for seed in self.seeds)
+        if not self.seeds or not known or len(set(self.seeds)) < len(self.seeds):
+            raise InputError("seeds", got=self.seeds, accepted="different numbers from 0 to 2^32 - 1, at least one")
+
+        if self.targets is not None:
+            _check("target", self.targets, TARGETS)
+            if not self.targets or len(set(self.targets)) < len(self.targets):
+                raise InputError("targets", got=self.targets, accepted="different labels, at least one")
 
     def wants(self, attack: str) -> bool:
         """Whether the attack is among those asked for."""

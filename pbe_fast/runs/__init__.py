@@ -12,7 +12,14 @@ from pbe_fast.runs.folder import (
     save_infected,
 )
 from pbe_fast.runs.networks import measure, measure_cover, name_models, new_model, open_model, rank_with
-from pbe_fast.runs.sources import Source, purification_sets, require_same_kind, require_true_labels, reserve
+from pbe_fast.runs.sources import (
+    Source,
+    purification_sets,
+    require_same_kind,
+    require_true_labels,
+    reserve,
+    shared_names,
+)
 from pbe_fast.runs.triggers import load_trigger, save_trigger_weights
 
 __all__ = [
@@ -36,4 +43,5 @@ __all__ = [
     "reserve",
     "save_infected",
     "save_trigger_weights",
+    "shared_names",
 ]

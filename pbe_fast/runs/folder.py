@@ -12,7 +12,7 @@ from typing import Any
 from pbe_fast.attack import InfectedModel
 from pbe_fast.config import to_dict
 from pbe_fast.data import ImageSet, save_npz
-from pbe_fast.engine.files import write_text
+from pbe_fast.engine.files import replacing, write_text
 from pbe_fast.engine.machine import describe
 from pbe_fast.models import ModelSpec, save_model
 from pbe_fast.models.io import CONFIG_NAME, WEIGHTS_NAME
@@ -21,8 +21,8 @@ from pbe_fast.report.html import write_html
 from pbe_fast.report.tables import named_models
 from pbe_fast.result import (
     DERIVED,
+    REPORT_NAME,
     PurifyResult,
-    discard,
     merged,
     plain,
     read_report,
@@ -31,7 +31,7 @@ from pbe_fast.result import (
 )
 from pbe_fast.runs.networks import UNKNOWN
 from pbe_fast.runs.sources import CLEAN_NAME, TEST_NAME, TRAIN_NAME, TRIGGERED_NAME, Source
-from pbe_fast.runs.triggers import save_trigger_weights
+from pbe_fast.runs.triggers import TRIGGER_NAME, save_trigger_weights
 
 INDICES_NAME = "poison_indices.json"
 FIGURE_NAME, PAGE_NAME = "figure.png", "report.html"
@@ -102,17 +102,9 @@ def save_infected(
             test, trigger, setting=config.setting, target_label=config.target_label
         )
     attack = {"trigger": trigger.spec(), "setting": config.setting, "target_label": config.target_label}
-    discard(folder, (*DERIVED, *sets))
-    save_model(infected.model, spec, folder, extra={"role": "infected", "attack": attack})
-    names = [WEIGHTS_NAME, CONFIG_NAME, INDICES_NAME, *save_trigger_weights(trigger, folder)]
-    for name, data in sets.items():
-        if data is not None:
-            save_npz(data, folder / name)
-            names.append(name)
     mask = infected.train_data.poison_mask
     assert mask is not None
     indices = mask.nonzero()[:, 0].tolist()
-    write_text(folder / INDICES_NAME, json.dumps({"count": len(indices), "indices": indices}) + "\n")
     own = {
         "attack": attack,
         "losses": infected.losses,
@@ -121,7 +113,15 @@ def save_infected(
         "train": {"images": len(infected.train_data), "poisoned": len(indices), "clean_kept": len(clean or ())},
         **describe(),
     }
-    return write_report(folder, {**report, **merged(own, report)}, outputs=names)
+    with replacing(folder, last=REPORT_NAME, stale=(*DERIVED, *sets, TRIGGER_NAME)) as new:
+        save_model(infected.model, spec, new, extra={"role": "infected", "attack": attack})
+        names = [WEIGHTS_NAME, CONFIG_NAME, INDICES_NAME, *save_trigger_weights(trigger, new)]
+        for name, data in sets.items():
+            if data is not None:
+                save_npz(data, new / name)
+                names.append(name)
+        write_text(new / INDICES_NAME, json.dumps({"count": len(indices), "indices": indices}) + "\n")
+        return write_report(new, {**report, **merged(own, report)}, outputs=names)
 
 
 def illustrate(

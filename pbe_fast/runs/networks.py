@@ -31,14 +31,14 @@ def new_model(
 
     Args:
         arch: As for `pbe_fast.models.build_model`.
-        data: Number of classes, shape, and with ``normalize`` mean and deviation per channel.
+        data: Names of the classes, shape, and with ``normalize`` mean and deviation per channel.
         width: Channels of the first stage.
         normalize: Put the normalisation of the pixels in front of the network.
         seed: Of the weights.
     """
     mean, std = channel_statistics(data) if normalize else (None, None)
     channels, height, width_px = data.image_shape
-    spec = ModelSpec(arch, data.num_classes, channels, (height, width_px), width, mean, std)
+    spec = ModelSpec(arch, data.num_classes, channels, (height, width_px), width, mean, std, data.class_names)
     torch.manual_seed(seed)
     return build_from_spec(spec), spec
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pbe_fast.engine.seeding import check_seed
 from pbe_fast.errors import InputError
 
 ImageShape = tuple[int, int, int]
@@ -35,7 +36,7 @@ class Trigger(ABC):
     def __init__(self, image_shape: ImageShape, *, seed: int = 0) -> None:
         c, h, w = image_shape
         self.image_shape = (int(c), int(h), int(w))
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def apply(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor:
         """Triggered copies of ``images``.

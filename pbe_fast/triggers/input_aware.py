@@ -14,6 +14,7 @@ from pbe_fast.triggers.base import ImageShape, Trigger
 
 _STAGES = 3
 _GROUPS = 4
+_MAX_WIDTH = 1024
 # Pixels that the networks see at a time when nothing is trained: 256 images of 32 x 32.
 _CHUNK_PIXELS = 2**18
 
@@ -44,8 +45,9 @@ class InputAware(Trigger):
         super().__init__(image_shape, seed=seed)
         channels = self.image_shape[0]
         self.width = (32 if channels == 3 else 16) if width is None else width
-        if self.width < _GROUPS or self.width % _GROUPS:
-            raise InputError("width of the input_aware trigger", got=width, accepted=f"a multiple of {_GROUPS}")
+        if not _GROUPS <= self.width <= _MAX_WIDTH or self.width % _GROUPS:
+            accepted = f"a multiple of {_GROUPS} up to {_MAX_WIDTH}"
+            raise InputError("width of the input_aware trigger", got=width, accepted=accepted)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.generator = EncoderDecoder(channels, channels, self.width)

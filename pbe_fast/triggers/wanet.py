@@ -11,6 +11,9 @@ from pbe_fast.errors import InputError
 from pbe_fast.kernels.warp import WarpPlan, control_field, warp, warp_grid
 from pbe_fast.triggers.base import ImageShape, Trigger
 
+# The field has its square of points; beyond the pixels of an image they say nothing.
+_MAX_CONTROL = 1024
+
 
 class WaNet(Trigger):
     """Bilinear warp by a k x k control field upsampled to the image (WaNet, Eq. 3 to 5).
@@ -43,8 +46,8 @@ class WaNet(Trigger):
         grid_rescale: float = 1.0,
     ) -> None:
         super().__init__(image_shape, seed=seed)
-        if control_size < 1:
-            raise InputError("control_size of the wanet trigger", got=control_size, accepted="1 or more")
+        if not 1 <= control_size <= _MAX_CONTROL:
+            raise InputError("control_size of the wanet trigger", got=control_size, accepted=f"1 to {_MAX_CONTROL}")
         if not (math.isfinite(warp_strength) and math.isfinite(grid_rescale)):
             got = f"{warp_strength} and {grid_rescale}"
             raise InputError("warp_strength and grid_rescale of the wanet trigger", got=got, accepted="finite")

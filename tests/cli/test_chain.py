@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import pbe_fast.result
 from pbe_fast.cli import main
-from pbe_fast.data import as_image_set
+from pbe_fast.data import ImageSet, as_image_set, save_npz
 from pbe_fast.models import load_model
 
 METRICS = {"acc", "asr", "asr_with_target", "recovered_acc"}
@@ -175,14 +177,21 @@ def test_without_a_clean_set_all_rounds_of_the_paper(infected: Path, tmp_path: P
     assert all({"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"} <= entry.keys() for entry in report["rounds"])
 
 
-def test_a_profile_is_printed_stored_and_traced(infected: Path, tmp_path: Path) -> None:
+def test_a_profile_is_printed_stored_and_traced(
+    infected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"})
     few = ("--fractions", 0.3, "--adversarial-steps", 2, "--clean-steps", 2, "--clean-epochs", 0, "--steps", 1)
     args = ("purify", "--model", infected, *few, "--out", tmp_path / "out", "--force")
     result = run(*args, "--profile", "--device-memory-limit", 0)
     assert result.exit_code == 0, result.output
+    # Torch's profiler would announce itself on stderr.
+    assert int(os.environ["KINETO_LOG_LEVEL"]) > 5
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     names = [row["phase"] for row in report["profile"]["phases"]]
-    assert names == ["infected logits", "attracting labels", "adversarial", "clean", "ranking"]
+    # Steady images are looked for where no label attracts.
+    always = [name for name in names if name != "steady images"]
+    assert always == ["infected logits", "attracting labels", "adversarial", "clean", "ranking"]
     table = result.stderr[result.stderr.index("phase  ") :].splitlines()[1 : len(names) + 1]
     assert all(line.startswith(name) and line.endswith("%") for line, name in zip(table, names, strict=True))
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
@@ -233,10 +242,56 @@ def test_export_and_verify(infected: Path, purified: Path, tmp_path: Path) -> No
     other = run("verify", "--onnx", onnx, "--model", infected, *sets)
     assert other.exit_code == 1
     assert "differs from the model" in other.stdout and "accepted: 0.0001" in other.stderr
+    large = tmp_path / "large.npz"
+    save_npz(as_image_set("digits:test", size=20), large)
+    wrong = run("verify", "--onnx", onnx, "--model", purified, "--test", large)
+    assert wrong.exit_code == 2 and "got (1, 20, 20); accepted: (1, 16, 16)" in wrong.stderr
+    assert "--image-size" in wrong.stderr
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(onnx.read_bytes()[:2000])
     assert run("verify", "--onnx", damaged, "--model", purified, *sets).exit_code == 1
     assert run("verify", "--onnx", tmp_path / "no.onnx", "--model", purified, *sets).exit_code == 2
+
+
+def test_options_that_change_nothing_are_told(infected: Path, tmp_path: Path) -> None:
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", tmp_path / "out")
+    result = run(*args, "--fractions", "0.5,1", "--hard-quantile", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "note: --fractions, --hard-quantile changes nothing with --clean" in result.stderr
+    assert "changes nothing" not in run(*args, "--force").stderr
+
+
+def test_spare_logits_are_told_once(infected: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.npz"
+    data = as_image_set("digits:test")
+    chosen = (data.labels < 4).nonzero()[:, 0]
+    save_npz(ImageSet(data.images[chosen], data.labels[chosen], tuple("abcd")), few)
+    # Weights alone say nothing of classes.
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((infected / "model.safetensors").read_bytes())
+    args = ("evaluate", "--model", weights, "--arch", "small_cnn", "--test", few)
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("note: the data has 4 classes and the model 10 logits") == 1
+    assert run(*args, "--quiet").stderr == ""
+
+
+def test_a_run_that_cannot_be_written_leaves_the_old_one(
+    infected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--adversarial-steps", 1, "--clean-steps", 1, "--clean-epochs", 0, "--steps", 1)
+    args = ("purify", "--model", infected, "--clean", infected / "clean.npz", *few, "--out", tmp_path / "out")
+    assert run(*args).exit_code == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pbe_fast.result, "write_ranking", full)
+    result = run(*args, "--force", "--seed", 1)
+    assert result.exit_code == 2 and "no space left" in result.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 def test_force_replaces_a_run_and_what_was_made_from_it(infected: Path, tmp_path: Path) -> None:

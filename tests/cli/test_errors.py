@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from pbe_fast.cli import main
 from pbe_fast.data import ImageSet, as_image_set, save_npz
@@ -48,7 +51,14 @@ def test_set(tmp_path: Path) -> Path:
         (("--device", "tpu"), "device; got 'tpu"),
         (("--lr", "-1"), "option 'lr'; got -1.0; accepted: above 0"),
         (("--trigger-option", "alpha=7"), "got 7"),
-        (("--trigger-option", "colour=red"), "colour"),
+        (("--trigger-option", "colour=red"), "got 'colour'; accepted: seed, alpha, picture"),
+        (("--trigger-option", "alpha=x"), "alpha of the blend trigger; got 'x'; accepted: a number"),
+        (("--trigger-option", "seed=x"), "seed; got 'x'; accepted: a whole number from -2"),
+        (("--attack", "wanet", "--trigger-option", "control_size=100000"), "got 100000; accepted: 1 to 1024"),
+        (("--width", "100000000"), "width of a network; got 100000000; accepted: 1 to 4096"),
+        (("--arch", "resnet18"), "torchvision's resnet18; got in_channels 1"),
+        (("--arch", "torchvision:nope"), "unknown torchvision classifier; got 'nope'"),
+        (("--device", "meta"), "device; got 'meta'"),
     ],
 )
 def test_attack_refuses(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -69,6 +79,10 @@ def test_attack_refuses(args: tuple[str, ...], message: str, tmp_path: Path) -> 
         (*ATTACK, "--out", "o", "--epochs", "many"),
         (*ATTACK, "--out", "o", "--lr", "1/0"),
         (*ATTACK, "--out", "o", "--trigger-option", "alpha"),
+        (*ATTACK, "--out", "o", "--trigger-option", "name=x"),
+        (*ATTACK, "--out", "o", "--trigger-option", "image_shape=[1,2,3]"),
+        (*ATTACK, "--out", "o", "--seed", str(2**63)),
+        (*ATTACK, "--out", "o", "--augment", "auto"),
         ("purify", "--model", "m", "--out", "o", "--clean-count", "5"),
         ("purify", "--model", "m", "--out", "o", "--method", "nad"),
         ("purify", "--model", "m", "--out", "o", "--method", "nad", "--clean", "c", "--eps", "0.1"),
@@ -90,11 +104,20 @@ def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: P
     purify = ("purify", "--model", model)
     small = tmp_path / "small.npz"
     save_npz(ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), tuple("0123456789AB")), small)
+    sizes = tmp_path / "sizes"
+    (sizes / "0").mkdir(parents=True)
+    for side in (8, 9):
+        Image.new("L", (side, side)).save(sizes / "0" / f"{side}.png")
     cases = [
         ((*purify, *out), "got neither train nor clean"),
         (("purify", "--model", tmp_path / "none", "--train", test_set, *out), "none"),
         ((*purify, "--clean", test_set, "--out", model), "which is --model"),
-        ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "5000 of 359 images"),
+        ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "(--clean-count); got 5000 of 359 images"),
+        ((*purify, "--clean", test_set, "--mean", "0.5", *out), "(--mean, --std); got mean without std"),
+        ((*purify, "--clean", test_set, "--std", "0.5", *out), "(--mean, --std); got std without mean"),
+        ((*purify, "--clean", test_set, "--restarts", 3, *out), "1, or more with random_start=True (--random-start)"),
+        ((*purify, "--train", "", *out), "data; got an empty name"),
+        ((*purify, "--train", sizes, *out), "(--image-size PIXELS)"),
         ((*purify, "--train", small, *out), "fewer logits than the data has classes; got 10 logits and 12 classes"),
         ((*purify, "--train", test_set, "--triggered", test_set, *out), "got no clean test images"),
         ((*purify, "--clean", test_set, "--test", test_set, "--triggered", test_set, *out), "without true labels"),
@@ -105,6 +128,45 @@ def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: P
         assert result.exit_code == 2, result.output
         assert message in result.stderr and "one round" not in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def make(:\n", "cannot be imported; got SyntaxError"),
+        ("raise KeyError('on import')\n", "cannot be imported; got KeyError: 'on import'"),
+        ("import sys\nsys.exit(0)\n", "cannot be imported; got SystemExit: 0"),
+        ("def make(num_classes):\n    raise OSError('no weights')\n", "num_classes=10; got OSError: no weights"),
+        ("def make(num_classes):\n    return [0] * (1 << 62)\n", "num_classes=10; got MemoryError"),
+    ],
+)
+def test_code_of_the_users_that_does_not_work(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"net_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run("attack", "--data", "digits:train", "--arch", f"{name}:make", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    assert (
+        "Traceback"
+        in run(
+            "attack", "--data", "digits:train", "--arch", f"{name}:make", "--out", tmp_path / "out", "--debug"
+        ).stderr
+    )
+
+
+def test_a_share_of_no_image_is_null(model: Path, test_set: Path, tmp_path: Path) -> None:
+    # Every image is of the target's class: none is left for the attack success rate.
+    data = as_image_set("digits:test")
+    ones = data.select((data.labels == 1).nonzero()[:, 0])
+    save_npz(dataclasses.replace(ones, true_labels=ones.labels), tmp_path / "triggered.npz")
+    args = ("evaluate", "--model", model, "--test", test_set, "--triggered", tmp_path / "triggered.npz")
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"]["asr"] is None
+    assert run(*args).exit_code == 0
 
 
 def test_a_pickle_with_code_never_runs(test_set: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,21 +45,81 @@ def test_bad_input_in_a_process(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: unknown architecture; got 'nothing'; accepted: .*\n", done.stderr)
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [*COMMAND, "attack", "--data", "digits:train", "--arch", "small_cnn", "--epochs", "10000"]
-    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def heed_interrupts() -> None:
+    # A child of a process that ignores them, as one under nohup does, would ignore them too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupt(command: list[str], ready: str) -> tuple[int, str, str]:
+    """Start a command, press Ctrl-C when a line on its stderr holds ``ready``: exit code, stdout, rest of stderr."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     assert process.stderr is not None
     try:
-        # The note comes when everything is read and checked and the training is about to start.
-        assert "training small_cnn" in process.stderr.readline()
-        time.sleep(0.5)
-        assert process.poll() is None
+        seen = []
+        while ready not in (seen or [""])[-1]:
+            seen.append(process.stderr.readline())
+            assert seen[-1], "".join(seen)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130
+    return process.returncode, stdout, stderr
+
+
+LONG = ["attack", "--data", "digits:train", "--arch", "small_cnn", "--epochs", "10000"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    # The note comes when everything is read and checked and the training is about to start.
+    command = [*COMMAND, *LONG, "--out", str(tmp_path / "out")]
+    code, stdout, stderr = interrupt(command, "training small_cnn")
+    assert code == 130
     assert stdout == "" and stderr.splitlines()[-1] == "interrupted: nothing half-written was left"
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["click.globals", "pbe_fast.cli.options", "numpy.linalg", "torch.nn.functional"])
+def test_ctrl_c_while_it_starts(module: str, tmp_path: Path) -> None:
+    # -X importtime says on stderr what has been imported: no guess at how fast this machine is.
+    command = [COMMAND[0], "-X", "importtime", *COMMAND[1:], *LONG, "--out", str(tmp_path / "out")]
+    code, stdout, stderr = interrupt(command, f" {module}\n")
+    assert code == 130
+    assert stdout == "" and "interrupted: nothing half-written was left\n" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    code = (
+        "import signal\n"
+        "from pbe_fast.engine import interrupts\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "interrupts.listen()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+        "print(interrupts.pressed())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("then", ["pass", "raise ImportError('half a module')", "sys.exit(1)"])
+def test_a_ctrl_c_that_somebody_caught_still_ends_the_command(then: str) -> None:
+    code = (
+        "import signal, sys\n"
+        "from pbe_fast.cli import commands, __main__\n"
+        "def swallow():\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except BaseException:\n"
+        f"        {then}\n"
+        "commands.main.commands['demo'].params.clear()\n"
+        "commands.main.commands['demo'].callback = swallow\n"
+        "sys.argv[1:] = ['demo']\n"
+        "__main__.start()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heed_interrupts, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted: nothing half-written was left\n")

@@ -31,6 +31,9 @@ def run(*args: object) -> Result:
         (("--table", "1", "--data", "nowhere"), "--data; got nowhere, which is no folder"),
         (("--table", "3", "--weights", "nowhere.pt"), "--weights; got nowhere.pt, which is no file"),
         (("--table", "1", "--jobs", "0"), "--jobs"),
+        (("--table", "1", "--scale", "cpu"), "--data; got none, for the images of cifar10; accepted: the folder"),
+        (("--figure", "1", "--scale", "smoke", "--targets", "99"), "target; got 99; accepted: 0, 1, 2"),
+        (("--figure", "1", "--scale", "smoke", "--targets", "3,3"), "targets; got (3, 3); accepted: different"),
     ],
 )
 def test_bad_input(args: tuple, message: str, tmp_path: Path) -> None:

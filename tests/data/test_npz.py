@@ -73,7 +73,7 @@ def test_a_pickle_inside_does_not_run(tmp_path: Path) -> None:
     images = np.empty(1, dtype=object)
     images[0] = Bomb(tmp_path / "ran")
     np.savez(tmp_path / "evil.npz", images=images, labels=np.array([0]))
-    with pytest.raises(InputError, match=r"cannot be read: .*evil\.npz.*allow_pickle"):
+    with pytest.raises(InputError, match=r"cannot be read: .*evil\.npz; got an array of Python objects"):
         as_image_set(tmp_path / "evil.npz")
     assert not (tmp_path / "ran").exists()
 
@@ -91,7 +91,15 @@ def test_a_pickle_inside_does_not_run(tmp_path: Path) -> None:
         ),
         (
             {"images": np.zeros((1, 3, 4, 4), np.uint8), "labels": np.array([0]), "poison_mask": np.array([1])},
-            "poison_mask of an ImageSet; got torch.int64",
+            r"poison_mask; got int64 of shape \(1,\); accepted: bool",
+        ),
+        (
+            {"images": np.zeros((1, 3, 4, 4), np.uint8), "labels": np.array([0]), "poison_mask": np.array(["yes"])},
+            r"poison_mask; got <U3 of shape \(1,\); accepted: bool of shape \(1,\), one per image",
+        ),
+        (
+            {"images": np.zeros((1, 3, 4, 4), np.uint8), "labels": np.array([0]), "class_names": np.array(3)},
+            r"class_names; got an array of shape \(\); accepted: \(K,\)",
         ),
         (
             {"images": np.zeros((1, 3, 4, 4), np.uint8), "labels": np.array([0]), "true_labels": np.array([9])},
@@ -116,6 +124,30 @@ def test_files_that_are_no_archive(tmp_path: Path) -> None:
     for name in ("text", "single", "cut"):
         with pytest.raises(InputError, match=f"cannot be read: .*{name}"):
             as_image_set(tmp_path / f"{name}.npz")
+
+
+def test_a_text_file_gets_no_advice_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(InputError, match="got a file that is no zip archive") as caught:
+        as_image_set(tmp_path / "text.npz")
+    assert "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damage_of_any_kind_is_bad_input(compressed: bool, tmp_path: Path) -> None:
+    # Wherever a byte is wrong: in a header, in compressed data, in the directory at the end.
+    path, rng = tmp_path / "set.npz", np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 3, 6, 6), np.uint8)
+    (np.savez_compressed if compressed else np.savez)(path, images=images, labels=np.arange(4))
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            as_image_set(path)
+        except InputError:
+            refused += 1
+    assert refused > 100
 
 
 def test_where_it_can_be_written(poisoned: ImageSet, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
         ([0, 5], r"label 5 at row 1 of .*accepted: 0 to 1"),
         ([0, -1], "label -1 at row 1"),
         ([0, None], "label that is missing; got null at row 1"),
+        # numpy makes an unsigned column of these.
+        (np.array([0, 2**63], np.uint64), f"labels out of range; got label {2**63} at row 1"),
     ],
 )
 def test_labels_are_checked_before_any_image_is_decoded(tmp_path: Path, labels: list[Any], message: str) -> None:

@@ -21,6 +21,12 @@ def data() -> ImageSet:
     return ImageSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ("owl", "rook"))
 
 
+def test_an_empty_name_is_not_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="data; got an empty name; accepted: an ImageSet; "):
+        as_image_set("")
+
+
 def test_an_image_set_passes_through(data: ImageSet) -> None:
     same = as_image_set(data)
     assert same.images is data.images

@@ -99,6 +99,23 @@ def test_a_wrong_item_is_named(item: Any, message: str) -> None:
         as_image_set(Items([(torch.zeros(3, 5, 4), 0), item]))
 
 
+class Failing(Dataset[Any]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 1:
+            raise FileNotFoundError("no 1.png")
+        return torch.zeros(1, 4, 4), 2**70 if i == 2 else 0
+
+
+def test_an_item_that_fails_is_no_image_that_does_not_decode() -> None:
+    with pytest.raises(InputError, match=r"item 1 .* cannot be read: Failing; got FileNotFoundError: no 1\.png"):
+        as_image_set(Failing())
+    with pytest.raises(InputError, match=f"label of item 1; got {2**70}; accepted: int64"):
+        as_image_set(Subset(Failing(), [0, 2]))
+
+
 def test_an_item_that_raises_is_named() -> None:
     class Broken(Items):
         def __getitem__(self, i: int) -> Any:
@@ -106,7 +123,9 @@ def test_an_item_that_raises_is_named() -> None:
                 raise OSError("image file is truncated")
             return super().__getitem__(i)
 
-    with pytest.raises(InputError, match="item 2 of Broken; got OSError: image file is truncated"):
+    with pytest.raises(
+        InputError, match="item 2 of the dataset cannot be read: Broken; got OSError: image file is truncated"
+    ):
         as_image_set(Broken([(torch.zeros(3, 5, 4), 0)] * 4))
 
 

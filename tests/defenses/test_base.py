@@ -89,6 +89,14 @@ def test_the_seed_fixes_everything_and_the_training_set_changes_nothing(infected
 
 
 @pytest.mark.parametrize("method", DEFENSES)
+def test_gradients_are_on_inside_wherever_it_is_called(infected: Any, method: str) -> None:
+    with torch.inference_mode():
+        result = run(method, infected.model, infected.clean)
+    before = infected.model.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", DEFENSES)
 def test_what_is_saved_is_the_model_that_was_purified(infected: Any, method: str, tmp_path: Any) -> None:
     result = run(method, infected.model, infected.clean)
     assert result.method == method and result.config == QUICK[method]
@@ -107,6 +115,12 @@ def test_what_is_saved_is_the_model_that_was_purified(infected: Any, method: str
 def test_refusals_come_before_any_work(infected: Any, method: str) -> None:
     with pytest.raises(InputError, match=f"clean_data of {method}; got none"):
         run(method, infected.model, None)
+    with pytest.raises(InputError, match=f"config; got dict; accepted: a {type(QUICK[method]).__name__}"):
+        run(method, infected.model, infected.clean, config={"epochs": 1})
+    with pytest.raises(InputError, match=r"seed; got 1\.5"):
+        run(method, infected.model, infected.clean, seed=1.5)
+    with pytest.raises(InputError, match="number of clean images; got 1"):
+        run(method, infected.model, infected.clean.select([0]))
     with pytest.raises(InputError, match="fewer logits than the data has classes"):
         run(method, nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), infected.clean)
     with pytest.raises(InputError, match="clean images of another shape"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pbe_fast.baselines import BASELINES, FinePruningConfig
-from pbe_fast.data import ImageSet, split
+from pbe_fast.data import split
 from pbe_fast.defenses import fine_prune
 from pbe_fast.defenses.fine_pruning import features_of, pruned_accuracies, pruned_units
 from pbe_fast.engine.forward import to_input
@@ -101,5 +101,5 @@ def test_models_and_sets_that_cannot_be_pruned(infected: Any) -> None:
     with pytest.raises(InputError, match="without a linear layer"):
         fine_prune(headless, infected.clean, device="cpu", progress=False)
     with pytest.raises(InputError, match="amount to split off"):
-        one = ImageSet(infected.clean.images[:1], infected.clean.labels[:1])
-        fine_prune(infected.model, one, device="cpu", progress=False)
+        two = infected.clean.select([0, 1])
+        fine_prune(infected.model, two, device="cpu", progress=False)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from pbe_fast.engine.files import atomic_write, prepare_output, write_text
+from pbe_fast.engine.files import atomic_write, prepare_output, replacing, write_text
 from pbe_fast.errors import OutputError
 
 
@@ -49,7 +49,13 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         f"with atomic_write({str(path)!r}) as t:\n"
         "    t.write_text('ne'); print('writing', flush=True); time.sleep(60)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=_environment())
+    # A child of a process that ignores interrupts, as one under nohup does, would ignore them too.
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == b"writing\n"
     child.send_signal(signal.SIGINT)
@@ -61,6 +67,26 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
 def _environment():
     # The child may start in another folder than the package's.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def test_files_take_their_places_together_or_not_at_all(tmp_path):
+    def state():
+        return {p.name: p.read_text() for p in tmp_path.iterdir()}
+
+    before = {"report.json": "old", "ranking.csv": "old", "notes.txt": "mine"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    options = {"last": "report.json", "stale": ("report.json", "ranking.*")}
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), replacing(tmp_path, **options) as new:
+            (new / "report.json").write_text("half")
+            raise error
+        assert state() == before
+    with replacing(tmp_path, **options) as new:
+        (new / "model.onnx").write_text("new")
+        (new / "report.json").write_text("new")
+        assert {k: v for k, v in before.items()} == {n: (tmp_path / n).read_text() for n in before}
+    assert state() == {"report.json": "new", "model.onnx": "new", "notes.txt": "mine"}
 
 
 def test_the_suffix_is_kept_for_writers_that_append_one(tmp_path):

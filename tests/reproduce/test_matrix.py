@@ -66,6 +66,7 @@ def test_smoke_is_all_digits_and_says_so() -> None:
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": (-1,)}, "seeds"),
+        ({"seeds": (2**32,)}, "seeds"),
     ],
 )
 def test_what_there_is_not(wrong: dict, message: str) -> None:

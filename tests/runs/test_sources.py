@@ -72,6 +72,15 @@ def test_sets_beside_the_model_stand_in(data: ImageSet, tmp_path: Path) -> None:
         purification_sets(tmp_path, **none)
 
 
+@pytest.mark.parametrize("count", [0, 121])
+def test_a_draw_of_more_than_there_are_names_the_flag(data: ImageSet, count: int, tmp_path: Path) -> None:
+    save_npz(data, tmp_path / "clean.npz")
+    with pytest.raises(InputError, match=rf"\(--clean-count\); got {count} of 120 images; accepted: 1 to 120"):
+        purification_sets(
+            tmp_path, train=None, clean=str(tmp_path / "clean.npz"), clean_count=count, test=None, triggered=None
+        )
+
+
 def test_two_sets_of_different_kinds(data: ImageSet) -> None:
     first = Source(data, "first")
     require_same_kind(first, None)

@@ -89,7 +89,10 @@ def test_triggers_without_cover_images_say_so(name: str) -> None:
 def test_unknown_names_and_hyperparameters() -> None:
     with pytest.raises(InputError, match=r"unknown trigger; got 'reflection'; accepted: badnets, .*, input_aware"):
         make_trigger("reflection", (3, 32, 32))
-    with pytest.raises(InputError, match=r"hyperparameters of the badnets trigger; got .*'alpha'"):
+    with pytest.raises(
+        InputError,
+        match=r"hyperparameters of the badnets trigger; got 'alpha'; accepted: seed, patch_size, patch_value",
+    ):
         make_trigger("badnets", (3, 32, 32), alpha=0.2)
 
 
@@ -111,6 +114,25 @@ def test_unknown_names_and_hyperparameters() -> None:
 )
 def test_hyperparameters_out_of_range(name: str, option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"{next(iter(option))}.* of the {name} trigger; got .*accepted: "):
+        make_trigger(name, (3, 32, 32), **option)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("blend", {"alpha": "x"}, "alpha of the blend trigger; got 'x'; accepted: a number"),
+        ("blend", {"alpha": True}, "alpha of the blend trigger; got True; accepted: a number"),
+        ("blend", {"picture": 3}, "picture of the blend trigger; got 3; accepted: text"),
+        ("wanet", {"control_size": 2.5}, "control_size of the wanet trigger; got 2.5; accepted: a whole number"),
+        ("wanet", {"control_size": 100_000}, "control_size of the wanet trigger; got 100000; accepted: 1 to 1024"),
+        ("input_aware", {"width": "x"}, "width of the input_aware trigger; got 'x'; accepted: a whole number or None"),
+        ("input_aware", {"width": 10**8}, "width of the input_aware trigger; got 100000000; accepted: a multiple of"),
+        ("blend", {"seed": "x"}, "seed; got 'x'; accepted: a whole number from -2"),
+        ("blend", {"seed": 2**70}, f"seed; got {2**70}; accepted: a whole number from -2"),
+    ],
+)
+def test_hyperparameters_of_another_kind(name: str, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         make_trigger(name, (3, 32, 32), **option)
 
 
