@@ -146,13 +146,12 @@ def purify_plainly(
     attracting = torch.zeros(train.num_classes, dtype=torch.bool)
     if config.initial != "random":
         attracting = attracting_labels(attack_counts_plainly(infected, train, config.pgd, generator, where))
-
-    def fragility(ids: Tensor) -> Tensor:
-        return fragility_plainly(infected, train.select(ids), where)
-
-    chosen = initial_extra_set(
-        logits_of(infected, train, where), train.labels, attracting, config, generator, fragility=fragility
-    )
+    infected_logits = logits_of(infected, train, where)
+    fragile = steady = None
+    if config.initial == "steady" and not attracting.any():
+        fragile = fragility_plainly(infected, train, infected_logits, where)
+        steady = fragile < 1 - config.fragile_share
+    chosen = initial_extra_set(infected_logits, train.labels, attracting, config, generator, fragility=fragile)
     for t in range(len(config.fractions)):
         teacher = infected if t == 0 and attracting.any() else None
         fine_tune(purified, train, chosen, config, teacher=teacher, device=where)
@@ -161,19 +160,21 @@ def purify_plainly(
         ranking = rank_images(infected_logits, purified_logits)
         if t + 1 < len(config.fractions):
             agrees = purified_logits.argmax(1) == train.labels
-            chosen = next_extra_set(ranking, train.labels, attracting, config.fractions[t + 1], agrees=agrees)
+            chosen = next_extra_set(
+                ranking, train.labels, attracting, config.fractions[t + 1], agrees=agrees, steady=steady
+            )
     return PlainResult(purified.eval(), ranking)
 
 
-def fragility_plainly(model: nn.Module, data: ImageSet, device: torch.device) -> Tensor:
+def fragility_plainly(model: nn.Module, data: ImageSet, logits: Tensor, device: torch.device) -> Tensor:
     """pbe_fast.steadiness.fragility, image set by image set."""
-    logits, worst = logits_of(model, data, device), torch.zeros(len(data))
+    worst = torch.zeros(len(data))
     for view in VIEWS.values():
         changed = dataclasses.replace(data, images=seen(data.images, view))
         answers = logits_of(model, changed, device)
         if kept(answers, logits, data.labels):
             worst = torch.maximum(worst, rise(answers, logits, data.labels))
-    return worst
+    return worst.argsort(stable=True).argsort() / len(worst) if worst.any() else worst
 
 
 def fine_tune(

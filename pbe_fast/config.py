@@ -172,7 +172,10 @@ class PurifyConfig:
         "attack; or steady: likewise, and where no label does, those whose label withstands small changes",
         ("steady", "hard", "random"),
     )
-    steady_share: float = option(0.5, "how much of the images asked about counts as steady")
+    steady_share: float = option(0.5, "how much of the images counts as steady enough for the first extra set")
+    fragile_share: float = option(
+        0.3, "where no label attracts: the most fragile images, which later extra sets leave out (0: none)"
+    )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
 
     def __post_init__(self) -> None:
@@ -189,6 +192,7 @@ class PurifyConfig:
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
         _check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
         _check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
+        _check(0 <= self.fragile_share < 1, "fragile_share", self.fragile_share, "0 up to 1")
         _check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
 
     @classmethod

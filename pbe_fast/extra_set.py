@@ -7,7 +7,6 @@ ranking comes out inverted: poisoned images change least. Three things that a de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def initial_extra_set(
     config: PurifyConfig,
     generator: torch.Generator,
     *,
-    fragility: Callable[[Tensor], Tensor] | None = None,
+    fragility: Tensor | None = None,
 ) -> Tensor:
     """D_ext^0: indices drawn at random, from all images (the paper) or from those that are seldom poisoned.
 
@@ -39,8 +38,7 @@ def initial_extra_set(
         attracting: (K,) bool, see `pbe_fast.attraction.attracting_labels`.
         config: ``fractions[0]`` sets the size, ``initial``, ``steady_share`` and ``hard_quantile`` the choice.
         generator: On the CPU.
-        fragility: For ``initial="steady"``: of indices (n,) how little each image withstands, (n,); see
-            `pbe_fast.steadiness`. It is asked about no more images than it takes.
+        fragility: (N,) where fragile images are to be left out, see `pbe_fast.steadiness`.
 
     Returns:
         int64 indices.
@@ -49,14 +47,13 @@ def initial_extra_set(
     candidates = torch.arange(len(labels), device=labels.device)
     if config.initial != "random":
         trusted = candidates[~attracting.to(labels.device)[labels]]
-        if config.initial == "steady" and not attracting.any():
-            assert fragility is not None
-            pool = _drawn(trusted, math.ceil(count / config.hard_quantile), generator)
-            steady = max(count, math.ceil(config.steady_share * len(pool)))
-            trusted = pool[fragility(pool).argsort(stable=True)[:steady]]
-        loss = F.cross_entropy(infected_logits, labels, reduction="none")
         # Enough candidates for the count, however many labels are left out.
-        share = min(1.0, max(config.hard_quantile, count / max(1, len(trusted))))
+        hard = max(count, config.hard_quantile * len(trusted))
+        if fragility is not None:
+            steady = max(count, math.ceil(config.steady_share * len(trusted)))
+            trusted = trusted[fragility[trusted].argsort(stable=True)[:steady]]
+        loss = F.cross_entropy(infected_logits, labels, reduction="none")
+        share = min(1.0, hard / max(1, len(trusted)))
         if len(trusted) > 0:
             kept = labels[trusted]
             candidates = torch.cat([_hardest(loss, trusted[kept == k], share) for k in kept.unique()])
@@ -64,7 +61,13 @@ def initial_extra_set(
 
 
 def next_extra_set(
-    ranking: Ranking, labels: Tensor, attracting: Tensor, fraction: float, *, agrees: Tensor | None = None
+    ranking: Ranking,
+    labels: Tensor,
+    attracting: Tensor,
+    fraction: float,
+    *,
+    agrees: Tensor | None = None,
+    steady: Tensor | None = None,
 ) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
 
@@ -78,15 +81,18 @@ def next_extra_set(
         attracting: (K,) bool.
         fraction: Of the images.
         agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
+        steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
+            thousands teach a patch again, and the ranking alone does not keep them out.
 
     Returns:
-        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label, exactly
-        ``ranking.top(fraction)``.
+        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label, and of
+        all images, exactly ``ranking.top(fraction)``.
     """
-    apart = attracting.to(labels.device)[labels[ranking.order]]
-    chosen = [_first(ranking.order[~apart], fraction)]
+    ranked = ranking.order if steady is None else ranking.order[steady[ranking.order]]
+    apart = attracting.to(labels.device)[labels[ranked]]
+    chosen = [_first(ranked[~apart], fraction)]
     for k in attracting.nonzero()[:, 0].tolist():
-        order = ranking.order[labels[ranking.order] == k]
+        order = ranked[labels[ranked] == k]
         distance = ranking.distance[order]
         better = order[distance <= otsu_threshold(distance[distance.isfinite()])]
         if agrees is not None and agrees[better].any():

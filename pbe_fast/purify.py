@@ -173,13 +173,10 @@ class _Run:
         infected_logits = self._infected_logits(train)
         # Initialisation: D_ext^0
         attracting = self._attracting_labels(train)
+        fragile = self._fragility(train, infected_logits, attracting)
+        steady = None if fragile is None else fragile < 1 - self.config.fragile_share
         chosen = initial_extra_set(
-            infected_logits,
-            train.labels,
-            attracting,
-            self.config,
-            self.generator,
-            fragility=lambda ids: self._fragility(train, ids, infected_logits),
+            infected_logits, train.labels, attracting, self.config, self.generator, fragility=fragile
         )
         ranking: Ranking | None = None
         for t in range(len(self.config.fractions)):
@@ -196,7 +193,7 @@ class _Run:
             self._report_round(t, ranking)
             if t + 1 < len(self.config.fractions):
                 fraction = self.config.fractions[t + 1]
-                chosen = next_extra_set(ranking, train.labels, attracting, fraction, agrees=agrees)
+                chosen = next_extra_set(ranking, train.labels, attracting, fraction, agrees=agrees, steady=steady)
         return self._result(ranking, train)
 
     def _report_round(self, t: int, ranking: Ranking | None) -> None:
@@ -220,11 +217,12 @@ class _Run:
                 )
             )
 
-    def _fragility(self, train: ImageSet, ids: Tensor, infected_logits: Tensor) -> Tensor:
+    def _fragility(self, train: ImageSet, infected_logits: Tensor, attracting: Tensor) -> Tensor | None:
+        """How little each label withstands, where no attracting label tells what to leave out."""
+        if self.config.initial != "steady" or attracting.any():
+            return None
         with self._phase("steady images"):
-            return fragility(
-                self.infected, train, ids, infected_logits[ids], dtype=self.dtype, show_progress=self.progress
-            )
+            return fragility(self.infected, train, infected_logits, dtype=self.dtype, show_progress=self.progress)
 
     def _purify_model(
         self, data: ImageSet, chosen: Tensor | None = None, *, round_index: int, teacher: nn.Module | None = None

@@ -103,7 +103,6 @@ def seen(images: Tensor, view: View) -> Tensor:
 def fragility(
     model: nn.Module,
     data: ImageSet,
-    ids: Tensor,
     logits: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
@@ -113,32 +112,31 @@ def fragility(
 
     Args:
         model: The infected one, in eval mode.
-        data: Its training set; where it is too large for the model's device, the chosen images are sent batch by batch.
-        ids: (n,) int64, the images to ask about.
-        logits: (n, K) of them as they are.
+        data: Its training set, N images; where it is too large for the model's device, it is sent batch by batch.
+        logits: (N, K) of the images as they are.
         dtype: Of the matrix products.
         show_progress: Whether there is a bar.
 
     Returns:
-        (n,) float32 in [0, 1): the share of the images whose loss rises less, the largest over the changes under which
-        the model keeps seven tenths of its accuracy. Zeros where there is no such change.
+        (N,) float32 in [0, 1): the rank of the image by the rise that it stands worst, as a share of all images. Only
+        changes count under which the model keeps seven tenths of its accuracy. Zeros where there is no such change.
     """
-    labels = data.labels[ids]
+    labels = data.labels
     device = next((p.device for p in model.parameters()), data.device)
     copy = FrozenCopy(model, dtype=dtype, image_shape=data.image_shape)
-    worst = torch.zeros(len(ids), device=labels.device)
+    worst = torch.zeros(len(data), device=labels.device)
     if min(data.image_shape[1:]) < 4:
         return worst
     for view in progress(VIEWS.values(), total=len(VIEWS), desc="steady images", enabled=show_progress):
         answers = torch.cat(
             [
-                predict_logits(copy, seen(data.images[some].to(device), view), dtype=dtype).to(labels.device)
-                for some in ids.split(_BATCH)
+                predict_logits(copy, seen(some.to(device), view), dtype=dtype).to(labels.device)
+                for some in data.images.split(_BATCH)
             ]
         )
         if kept(answers, logits, labels):
             worst = torch.maximum(worst, rise(answers, logits, labels))
-    return worst
+    return _ranks(worst) if worst.any() else worst
 
 
 def kept(answers: Tensor, logits: Tensor, labels: Tensor) -> bool:
@@ -149,5 +147,10 @@ def kept(answers: Tensor, logits: Tensor, labels: Tensor) -> bool:
 
 def rise(answers: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """(n,) float32 in [0, 1): the rank of each image by how much its loss rises, as a share of all."""
-    risen = F.cross_entropy(answers, labels, reduction="none") - F.cross_entropy(logits, labels, reduction="none")
-    return risen.argsort(stable=True).argsort().float() / len(risen)
+    return _ranks(
+        F.cross_entropy(answers, labels, reduction="none") - F.cross_entropy(logits, labels, reduction="none")
+    )
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(stable=True).argsort().float() / len(values)

@@ -131,21 +131,13 @@ def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_wi
 def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
     labels = torch.arange(400) % 4
     fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
-    asked: list[Tensor] = []
-
-    def fragility(ids: Tensor) -> Tensor:
-        asked.append(ids)
-        return fragile[ids]
-
-    config = PurifyConfig(initial="steady", fractions=(0.1,), hard_quantile=0.25, steady_share=0.5)
+    config = PurifyConfig(fractions=(0.1,), hard_quantile=0.25, steady_share=0.5)
     generator = torch.Generator().manual_seed(0)
-    chosen = initial_extra_set(_scores(400), labels, NONE, config, generator, fragility=fragility)
+    chosen = initial_extra_set(_scores(400), labels, NONE, config, generator, fragility=fragile)
     assert len(chosen) == len(chosen.unique()) == 40
-    # As many are asked about as it takes: half of them steady, half of those hard.
-    (pool,) = asked
-    assert len(pool) == len(pool.unique()) == 160
-    assert (fragile[chosen] <= fragile[pool].sort().values[79]).all()
-    steady = pool[fragile[pool].argsort()[:80]]
+    # Half of the images are steady, and half of those, a quarter of all, are hard.
+    steady = fragile.argsort()[:200]
+    assert set(chosen.tolist()) <= set(steady.tolist())
     loss = F.cross_entropy(_scores(400), labels, reduction="none")
     for k in range(4):
         mine = steady[labels[steady] == k]
@@ -153,25 +145,20 @@ def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
         assert (loss[chosen][labels[chosen] == k] >= least).all()
 
 
-def test_a_label_that_attracts_is_reason_enough() -> None:
-    labels = torch.arange(400) % 4
-    sets = [
-        initial_extra_set(
-            _scores(400), labels, SECOND, PurifyConfig(initial=initial), torch.Generator().manual_seed(0)
-        ).tolist()
-        for initial in ("steady", "hard")
-    ]
-    assert sets[0] == sets[1]
-
-
 def test_a_steady_set_as_large_as_everything() -> None:
-    config = PurifyConfig(initial="steady", fractions=(1.0,))
-    chosen = initial_extra_set(
-        _scores(40),
-        torch.arange(40) % 4,
-        NONE,
-        config,
-        torch.Generator().manual_seed(0),
-        fragility=lambda ids: torch.zeros(len(ids)),
-    )
+    config = PurifyConfig(fractions=(1.0,))
+    generator = torch.Generator().manual_seed(0)
+    chosen = initial_extra_set(_scores(40), torch.arange(40) % 4, NONE, config, generator, fragility=torch.arange(40.0))
     assert len(chosen.unique()) == 40
+
+
+@pytest.mark.parametrize("attracting", [NONE, SECOND])
+def test_the_next_set_is_of_steady_images(attracting: Tensor) -> None:
+    ranking = _ranking(torch.rand(100, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(100) % 4
+    steady = torch.arange(100) % 5 != 0
+    chosen = next_extra_set(ranking, labels, attracting, 0.5, steady=steady)
+    assert steady[chosen].all()
+    expected = [i for i in ranking.order.tolist() if steady[i] and not attracting[labels[i]]]
+    assert chosen.tolist()[: len(expected) // 2] == expected[: len(expected) // 2]
+    assert (len(chosen) == 40) == (not attracting.any())

@@ -78,14 +78,11 @@ def test_labels_that_a_trigger_gave_are_fragile() -> None:
     # The mirror changes the sides, and with them the right answer: it says nothing here.
     mirrored = predict_logits(model, seen(data.images, VIEWS["mirrored"]))
     assert not kept(mirrored, predict_logits(model, data.images), data.labels)
-    ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))[:200]
-    logits = predict_logits(model, data.images[ids])
-    found = fragility(model, data, ids, logits)
-    assert found.shape == (200,) and float(found.min()) >= 0 and float(found.max()) < 1
-    most = found.argsort(descending=True)[: int(poisoned[ids].sum())]
-    assert poisoned[ids][most].double().mean() > 0.95
-    # Of some images only, and in any order.
-    assert torch.equal(fragility(model, data, ids.flip(0), logits.flip(0)).flip(0).argsort()[-5:], found.argsort()[-5:])
+    found = fragility(model, data, predict_logits(model, data.images))
+    assert found.shape == (300,)
+    # Ranks: a share of it is a share of the images.
+    assert found.sort().values.tolist() == pytest.approx([i / 300 for i in range(300)])
+    assert poisoned[found >= 0.9].double().mean() > 0.95
 
 
 def test_the_rank_of_a_rise() -> None:
@@ -99,4 +96,4 @@ def test_the_rank_of_a_rise() -> None:
 
 def test_pictures_too_small_to_change_are_all_alike() -> None:
     data = ImageSet(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, ("a", "b"))
-    assert fragility(nn.Flatten(), data, torch.arange(6), torch.zeros(6, 4)).tolist() == [0.0] * 6
+    assert fragility(nn.Flatten(), data, torch.zeros(6, 4)).tolist() == [0.0] * 6

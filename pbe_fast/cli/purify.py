@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
 # How Algorithm 1 chooses its extra sets.
-_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share")
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share", "fragile_share")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
