@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include "cosine_rank/native.h"
+#include "levels.h"
 #include "pgd_step/native.h"
 #include "warp/native.h"
 
@@ -104,6 +105,7 @@ void bind_warp(nb::module_ module) {
 
 NB_MODULE(_native, m) {
   m.doc() = "The C++ versions of the operations in pbe_fast.kernels.";
+  m.def("limit_level", [](int most) { return static_cast<int>(pbe::limit_level(static_cast<pbe::Level>(most))); });
   bind_cosine_rank(m.def_submodule("cosine_rank"));
   bind_pgd_step(m.def_submodule("pgd_step"));
   bind_warp(m.def_submodule("warp"));

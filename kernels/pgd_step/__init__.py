@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ backends.LIB.define(
 )
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What every version works on: checked tensors, dense and in one layout; ``adv_next`` may be ``adv``."""
 
     adv: Tensor
@@ -85,7 +85,7 @@ def pgd_step(
 
     A NaN in ``grad`` gives its element no step under "linf" and its image no step under "l2"; README.md has the rest.
     """
-    with torch.no_grad():
+    with _without_gradients(adv, grad, origin, mean, std):
         if backend is None:
             return torch.ops.pbe_fast.pgd_step.default(  # type: ignore[no-any-return]
                 adv, grad, origin, eps, alpha, norm, mean, std, out_dtype
@@ -125,17 +125,30 @@ def pgd_step_(
         TypeError: As in `pgd_step`.
         RuntimeError: As in `pgd_step`.
     """
-    with torch.no_grad():
+    with _without_gradients(adv, grad, origin, model_input, mean, std):
         if backend is None:
             torch.ops.pbe_fast.pgd_step_.default(adv, grad, origin, model_input, eps, alpha, norm, mean, std)
         else:
             _inplace(_named(backend, adv))(adv, grad, origin, model_input, eps, alpha, norm, mean, std)
 
 
+def _without_gradients(*tensors: Tensor | None) -> AbstractContextManager[object]:
+    # Entering no_grad takes longer than a step on one image does, and mostly there is nothing to keep out.
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.no_grad()
+    return nullcontext()
+
+
 def _layout(tensor: Tensor) -> torch.memory_format | None:
     if tensor.is_contiguous():
         return torch.contiguous_format
     return torch.channels_last if tensor.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _has_layout(tensor: Tensor, layout: torch.memory_format) -> bool:
+    # The short form of the call is the faster one.
+    return tensor.is_contiguous() if layout is torch.contiguous_format else tensor.is_contiguous(memory_format=layout)
 
 
 def _check(
@@ -149,17 +162,18 @@ def _check(
     std: Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.memory_format:
-    if adv.dim() != 4:
-        raise ValueError(f"adv; got shape {tuple(adv.shape)}; accepted: (B, C, H, W)")
+    shape, device = adv.shape, adv.device  # each look at a tensor takes a tenth of a microsecond
+    if len(shape) != 4:
+        raise ValueError(f"adv; got shape {tuple(shape)}; accepted: (B, C, H, W)")
     if adv.dtype != torch.float32 or origin.dtype != torch.float32:
         raise TypeError(f"adv and origin; got {adv.dtype} and {origin.dtype}; accepted: float32")
     if grad.dtype not in DTYPES or out_dtype not in DTYPES:
         raise TypeError(f"grad and model input; got {grad.dtype} and {out_dtype}; accepted: {DTYPES}")
-    if grad.shape != adv.shape or origin.shape != adv.shape:
+    if grad.shape != shape or origin.shape != shape:
         got = f"grad {tuple(grad.shape)}, origin {tuple(origin.shape)}"
-        raise ValueError(f"shapes; got {got}; accepted: that of adv, {tuple(adv.shape)}")
+        raise ValueError(f"shapes; got {got}; accepted: that of adv, {tuple(shape)}")
     layout = _layout(adv)
-    if layout is None or not origin.is_contiguous(memory_format=layout):
+    if layout is None or not _has_layout(origin, layout):
         got = f"strides {adv.stride()} and {origin.stride()}"
         raise ValueError(f"layout of adv and origin; got {got}; accepted: both contiguous or both channels_last")
     if norm not in NORMS:
@@ -168,20 +182,22 @@ def _check(
         raise ValueError(f"eps and alpha; got {eps} and {alpha}; accepted: finite and not negative")
     if (mean is None) != (std is None):
         raise ValueError("mean and std; got one of them; accepted: both or neither")
-    devices = {grad.device, origin.device}
+    others = [grad.device, origin.device]
     if mean is not None and std is not None:
-        devices |= {mean.device, std.device}
+        others += mean.device, std.device
         for name, value in (("mean", mean), ("std", std)):
-            if value.dtype != torch.float32 or value.shape != adv.shape[1:2] or not value.is_contiguous():
+            if value.dtype != torch.float32 or value.shape != shape[1:2] or not value.is_contiguous():
                 got = f"{value.dtype} {tuple(value.shape)}"
-                raise ValueError(f"{name}; got {got}; accepted: contiguous float32 ({adv.shape[1]},)")
-    if devices != {adv.device}:
-        raise ValueError(f"devices; got {sorted(map(str, devices))}; accepted: that of adv, {adv.device}")
+                raise ValueError(f"{name}; got {got}; accepted: contiguous float32 ({shape[1]},)")
+    for other in others:
+        if other != device:
+            got = ", ".join(sorted(map(str, others)))
+            raise ValueError(f"devices; got {got}; accepted: that of adv, {device}")
     return layout
 
 
 def _check_model_input(adv: Tensor, model_input: Tensor, layout: torch.memory_format) -> None:
-    fits = model_input.shape == adv.shape and model_input.is_contiguous(memory_format=layout)
+    fits = model_input.shape == adv.shape and _has_layout(model_input, layout)
     if not fits or model_input.device != adv.device:
         got = f"{tuple(model_input.shape)}, strides {model_input.stride()}, on {model_input.device}"
         raise ValueError(f"model_input; got {got}; accepted: shape, layout and device of adv")
@@ -254,7 +270,7 @@ def _functional(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         layout = _check(adv, grad, origin, eps, alpha, norm, mean, std, out_dtype)
         adv_next, model_input = torch.empty_like(adv), torch.empty_like(adv, dtype=out_dtype)
-        grad = grad.contiguous(memory_format=layout)
+        grad = grad if _has_layout(grad, layout) else grad.contiguous(memory_format=layout)
         run(Step(adv, grad, origin, adv_next, model_input, eps, alpha, norm, mean, std, layout))
         return adv_next, model_input
 
@@ -277,7 +293,7 @@ def _inplace(run: Run) -> Callable[..., None]:
         layout = _check(adv, grad, origin, eps, alpha, norm, mean, std, out_dtype)
         if model_input is not None:
             _check_model_input(adv, model_input, layout)
-        grad = grad.contiguous(memory_format=layout)
+        grad = grad if _has_layout(grad, layout) else grad.contiguous(memory_format=layout)
         run(Step(adv, grad, origin, adv, model_input, eps, alpha, norm, mean, std, layout))
 
     return call

@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "levels.h"
+#include "linf_avx512.h"
 #include "parallel.h"
 
 namespace pbe::pgd_step {
@@ -109,6 +111,9 @@ class Worker {
       : step_(step), affine_(affine), grad_(affine.tile), input_(affine.tile) {}
 
   void linf(std::int64_t begin, std::int64_t end) {
+#ifdef PBE_X86
+    if (level() >= Level::avx512) return linf_fused(begin, end);
+#endif
     for_tiles(begin, end, [&](std::int64_t at, std::int64_t n) {
       step_linf(step_.adv + at, step_.origin + at, gradient(at, n), step_.adv_next + at, n, step_.eps, step_.alpha);
       store_input(at, n);
@@ -136,6 +141,23 @@ class Worker {
   }
 
  private:
+#ifdef PBE_X86
+  void linf_fused(std::int64_t begin, std::int64_t end) const {
+    const bool wants_input = step_.model_input != nullptr;
+    const auto affine = !affine_.used()     ? avx512::Affine::none
+                        : affine_.plane > 1 ? avx512::Affine::one
+                                            : avx512::Affine::each;
+    const avx512::Loop loop = avx512::loop_for(step_.grad_type, wants_input ? step_.input_type : avx512::kNoInput,
+                                               affine, level() >= Level::bf16);
+    for_tiles(begin, end, [&](std::int64_t at, std::int64_t n) {
+      const std::int64_t first = affine_.used() ? affine_.first(at) : 0;
+      loop({step_.adv + at, step_.origin + at, advance(step_.grad, at, step_.grad_type), step_.adv_next + at,
+            wants_input ? advance(step_.model_input, at, step_.input_type) : nullptr, n, step_.eps, step_.alpha,
+            affine_.mean.data() + first, affine_.inverse_std.data() + first});
+    });
+  }
+#endif
+
   template <class Body>
   void for_tiles(std::int64_t begin, std::int64_t end, const Body& body) const {
     for (std::int64_t at = begin; at < end;) {

@@ -96,19 +96,6 @@ PBE_CLONES void noisy_taps(const float* grid, const std::uint32_t* words, std::i
   }
 }
 
-PBE_CLONES void scale_shift(float* values, std::int64_t n, float scale, float shift) {
-  for (std::int64_t i = 0; i < n; ++i) values[i] = values[i] * scale + shift;
-}
-
-PBE_CLONES void scale_shift(float* values, std::int64_t n, const float* scale, const float* shift) {
-  for (std::int64_t i = 0; i < n; ++i) values[i] = values[i] * scale[i] + shift[i];
-}
-
-PBE_CLONES void round_to_u8(const float* in, std::uint8_t* out, std::int64_t n) {
-  // The sum's last mantissa bit is worth one: the float unit rounds half to even, and the low byte is the result.
-  for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<std::uint8_t>(bits_of_float(in[i] + 0x1.8p23f));
-}
-
 PBE_CLONES bool all_within(const std::int32_t* offsets, std::int64_t n, std::int32_t last) {
   std::int32_t low = 0, high = 0;
   for (std::int64_t i = 0; i < n; ++i) {
@@ -127,7 +114,7 @@ struct Job {
   Plane plane;
   bool windows;
   bool streamed;
-  std::vector<float> scale, shift;  // per channel, or per element of a tile in channels_last; empty: neither
+  std::vector<float> scale, shift;  // as Affine has them, of all channels or of a tile; empty: neither
 
   explicit Job(const Images& i) : images(i), pixels(i.height * i.width) {
     lanes = i.channels_last ? i.channels : 1;
@@ -143,10 +130,13 @@ struct Job {
     streamed = is_plain && i.out_type == DType::f32 && out_bytes >= kStreamBytes && plane.size % kBlock == 0 &&
                reinterpret_cast<std::uintptr_t>(i.out) % (kBlock * sizeof(float)) == 0;
     if (is_plain) return;
-    const std::int64_t count = i.channels_last ? tile_pixels * lanes : i.channels;
+    // A stack of planes may begin with the last channel.
+    const std::int64_t repeats = lanes == 1 ? kBlock : 1;
+    const std::int64_t count = lanes == 1 ? (i.channels + kStack - 1) * repeats : tile_pixels * lanes;
     for (std::int64_t at = 0; at < count; ++at) {
-      const float mean = i.mean == nullptr ? 0.0f : i.mean[at % i.channels];
-      const float std = i.mean == nullptr ? 1.0f : i.std[at % i.channels];
+      const std::int64_t channel = at / repeats % i.channels;
+      const float mean = i.mean == nullptr ? 0.0f : i.mean[channel];
+      const float std = i.mean == nullptr ? 1.0f : i.std[channel];
       scale.push_back(1.0f / (i.in_type == DType::u8 ? std * 255.0f : std));
       shift.push_back(-mean / std);
     }
@@ -162,15 +152,14 @@ class Worker {
         weight_(4 * capacity_),
         windows_(capacity_ / kBlock),
         places_(capacity_),
-        sums_(kStack * capacity_),
+        sums_(capacity_),
         words_(job.tile_pixels) {}
 
   void load_shared(std::int64_t tile, const std::int32_t* offsets, const float* weights) {
     const std::int64_t first = tile * job_.tile_pixels;
     const std::int64_t n = std::min(job_.tile_pixels, job_.pixels - first);
-    const float* const weight[4] = {weights + first, weights + job_.pixels + first, weights + 2 * job_.pixels + first,
-                                    weights + 3 * job_.pixels + first};
-    set_taps(offsets + first, weight, n);
+    set_taps(offsets + first, weights + first, job_.pixels, n);
+    if (job_.windows && job_.images.in_type == DType::u8) drop_windows(taps_, windows_.data());
   }
 
   void load_noisy(std::int64_t tile, const float* grid, float amplitude, std::int64_t id, std::uint64_t seed) {
@@ -183,7 +172,7 @@ class Worker {
     float* const weight[4] = {row(0) + at, row(1) + at, row(2) + at, row(3) + at};
     noisy_taps(grid + 2 * first, words_.data(), n, amplitude, static_cast<std::int32_t>(job_.images.height),
                static_cast<std::int32_t>(job_.images.width), offset_.data() + at, weight);
-    set_taps(offset_.data() + at, weight, n);
+    set_taps(offset_.data() + at, row(0) + at, capacity_, n);
   }
 
   // The loaded tile, of consecutive planes.
@@ -194,16 +183,10 @@ class Worker {
       const std::int64_t count = std::min(kStack, end - begin);
       const void* in = advance(images.images, begin * size, images.in_type);
       void* out = advance(images.out, begin * size + first, images.out_type);
-      const bool in_place = images.out_type == DType::f32;
-      float* sums = in_place ? static_cast<float*>(out) : sums_.data();
-      const std::int64_t stride = in_place ? size : capacity_;
       if (images.in_type == DType::u8) {
-        sample_stack(static_cast<const std::uint8_t*>(in), sums, stride, count);
+        sample_stack(static_cast<const std::uint8_t*>(in), out, begin % images.channels, count);
       } else {
-        sample_stack(static_cast<const float*>(in), sums, stride, count);
-      }
-      for (std::int64_t k = 0; k < count; ++k) {
-        finish(sums + k * stride, advance(out, k * size, images.out_type), (begin + k) % images.channels);
+        sample_stack(static_cast<const float*>(in), out, begin % images.channels, count);
       }
     }
   }
@@ -212,29 +195,21 @@ class Worker {
   float* row(int tap) { return weight_.data() + tap * capacity_; }
 
   template <class In>
-  void sample_stack(const In* in, float* sums, std::int64_t stride, std::int64_t count) {
-    const Stack<In> stack{in, job_.plane.size, sums, stride, count, job_.streamed};
-    sample(stack, job_.plane, taps_, job_.windows ? windows_.data() : nullptr, places_.data());
-  }
-
-  void finish(float* sums, void* out, std::int64_t channel) const {
+  void sample_stack(const In* in, void* out, std::int64_t channel, std::int64_t count) {
+    const bool per_element = job_.lanes > 1;
+    Affine affine{nullptr, nullptr, per_element};
     if (!job_.scale.empty()) {
-      if (job_.lanes > 1) {
-        scale_shift(sums, taps_.n, job_.scale.data(), job_.shift.data());
-      } else {
-        scale_shift(sums, taps_.n, job_.scale[channel], job_.shift[channel]);
-      }
+      const std::int64_t first = per_element ? 0 : channel * kBlock;
+      affine = {job_.scale.data() + first, job_.shift.data() + first, per_element};
     }
-    if (job_.images.out_type == DType::u8) {
-      round_to_u8(sums, static_cast<std::uint8_t*>(out), taps_.n);
-    } else if (job_.images.out_type != DType::f32) {
-      narrow(sums, out, job_.images.out_type, taps_.n);
-    }
+    const std::int64_t size = job_.plane.size;
+    const Stack<In> stack{in, size, out, size, count, job_.images.out_type, affine, job_.streamed};
+    sample(stack, job_.plane, taps_, job_.windows ? windows_.data() : nullptr, places_.data(), sums_.data());
   }
 
-  void set_taps(const std::int32_t* offset, const float* const* weight, std::int64_t pixels) {
+  void set_taps(const std::int32_t* offset, const float* weight, std::int64_t stride, std::int64_t pixels) {
     const std::int64_t lanes = job_.lanes;
-    taps_ = {offset, {weight[0], weight[1], weight[2], weight[3]}, pixels * lanes};
+    taps_ = {offset, weight, stride, pixels * lanes};
     if (lanes > 1) {
       // In channels_last each channel has taps of its own, a pixel apart.
       for (std::int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -245,10 +220,10 @@ class Worker {
       }
       for (int tap = 0; tap < 4; ++tap) {
         for (std::int64_t pixel = 0; pixel < pixels; ++pixel) {
-          std::fill_n(row(tap) + pixel * lanes, lanes, weight[tap][pixel]);
+          std::fill_n(row(tap) + pixel * lanes, lanes, weight[tap * stride + pixel]);
         }
       }
-      taps_ = {offset_.data(), {row(0), row(1), row(2), row(3)}, pixels * lanes};
+      taps_ = {offset_.data(), row(0), capacity_, pixels * lanes};
     }
     if (job_.windows) {
       const std::int64_t columns = job_.images.in_type == DType::u8 ? kColumns<std::uint8_t> : kColumns<float>;

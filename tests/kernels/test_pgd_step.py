@@ -289,6 +289,16 @@ def test_native_threads_outlive_a_fork_and_serve_several_callers() -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_model_input_may_be_a_leaf_that_collects_gradients() -> None:
+    a = case((2, 3, 4, 4), seed=0)
+    model_input = torch.empty_like(a["adv"]).requires_grad_()
+    pgd_step_(**a, model_input=model_input, eps=0.1, alpha=0.1)
+    assert model_input.is_leaf
+    model_input.sum().backward()
+    assert model_input.grad is not None and torch.equal(model_input.grad, torch.ones_like(a["adv"]))
+
+
 def test_arguments_are_left_alone_and_results_carry_no_gradient() -> None:
     a = case((2, 3, 4, 4), seed=0)
     before = {name: value.clone() for name, value in a.items()}

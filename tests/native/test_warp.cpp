@@ -111,7 +111,7 @@ TEST(warp_windows_change_nothing) {
         const auto offsets = offsets_of(plane, n, rough, 7);
         const auto weights = uniform(4 * n, 0.0f, 1.0f, 8);
         const float* const weight = weights.get();
-        const warp::Taps taps{offsets.get(), {weight, weight + n, weight + 2 * n, weight + 3 * n}, n};
+        const warp::Taps taps{offsets.get(), weight, n, n};
         const std::int64_t blocks = n / warp::kBlock;
         auto windows = buffer<warp::Window>(blocks);
         auto places = buffer<std::uint8_t>(blocks * warp::kBlock);
@@ -119,14 +119,18 @@ TEST(warp_windows_change_nothing) {
         const auto in = uniform(2 * n, 0.0f, 1.0f, 9);
         auto bytes = buffer<std::uint8_t>(2 * n);
         for (std::int64_t i = 0; i < 2 * n; ++i) bytes[i] = static_cast<std::uint8_t>(in[i] * 255.0f);
-        auto with = buffer<float>(2 * n), without = buffer<float>(2 * n);
+        auto with = buffer<float>(2 * n), without = buffer<float>(2 * n), sums = buffer<float>(n);
         warp::find_windows(taps, plane, warp::kColumns<float>, windows.get(), places.get());
-        warp::sample(warp::Stack<float>{in.get(), n, with.get(), n, 2}, plane, taps, found, places.get());
-        warp::sample(warp::Stack<float>{in.get(), n, without.get(), n, 2}, plane, taps, nullptr, nullptr);
+        warp::sample(warp::Stack<float>{in.get(), n, with.get(), n, 2, pbe::DType::f32}, plane, taps, found,
+                     places.get(), sums.get());
+        warp::sample(warp::Stack<float>{in.get(), n, without.get(), n, 2, pbe::DType::f32}, plane, taps, nullptr,
+                     nullptr, sums.get());
         CHECK(std::equal(with.get(), with.get() + 2 * n, without.get()));
         warp::find_windows(taps, plane, warp::kColumns<std::uint8_t>, windows.get(), places.get());
-        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, with.get(), n, 2}, plane, taps, found, places.get());
-        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, without.get(), n, 2}, plane, taps, nullptr, nullptr);
+        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, with.get(), n, 2, pbe::DType::f32}, plane, taps, found,
+                     places.get(), sums.get());
+        warp::sample(warp::Stack<std::uint8_t>{bytes.get(), n, without.get(), n, 2, pbe::DType::f32}, plane, taps,
+                     nullptr, nullptr, sums.get());
         CHECK(std::equal(with.get(), with.get() + 2 * n, without.get()));
       }
     }
