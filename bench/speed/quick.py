@@ -21,6 +21,7 @@ from test_pgd import batch
 from test_pgd import ours as ours_in_pgd
 
 from pbe_fast.data import ImageSet
+from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.kernels.cosine_rank import cosine_scores
 
@@ -64,6 +65,7 @@ def forward() -> Race:
     data = ImageSet(pixels(count, side, "cpu", seed=3), torch.zeros(count, dtype=torch.int64), ("a",))
     dtype = best_dtype("cpu")
 
+    @kept_heap()
     def ours() -> object:
         return predict_logits(model, data.images, dtype=dtype)
 

@@ -1,9 +1,9 @@
 """Races of functions in one process: in turns, on inputs that left the cache, with medians and pairwise ratios.
 
-A race on a CPU keeps freed memory in the process for all its runners (`kept_heap`). glibc gives large blocks back when
-they are freed, as long as the process has not freed larger ones before, and the next call faults the pages in again:
-an eager PGD step then takes ten times as long, or does not, depending on which cases ran earlier. With the heap kept a
-case is the same alone and after others, and what is compared is the work and not the allocator.
+How long PyTorch takes on a CPU depends on whether glibc gives the memory of a freed tensor back to the system: the next
+one then faults its pages in again, up to ten times the work itself. Which blocks are given back depends on the largest
+that the process has freed so far. So every race starts in the state of a process that has worked for a while: blocks of
+up to 32 MiB are kept, larger ones are not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -98,19 +97,9 @@ def race_all(
     device: str = "cpu",
 ) -> dict[str, tuple[float, ...]]:
     """`race` of any number: seconds per call by name, round by round. Each round starts with the next one."""
-    with kept_heap() if device == "cpu" else nullcontext():
-        return _take_turns(runners, inputs=inputs, rounds=rounds, warmup=warmup, calls=calls, device=device)
-
-
-def _take_turns(
-    runners: Mapping[str, Callable[..., object]],
-    *,
-    inputs: Iterable[tuple[Any, ...]],
-    rounds: int,
-    warmup: int,
-    calls: int,
-    device: str,
-) -> dict[str, tuple[float, ...]]:
+    if device == "cpu":
+        with kept_heap():
+            pass  # leaves the thresholds where glibc itself moves them after a large block was freed
     clock = _seconds_on_gpu if device == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in runners}
     names = list(runners)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.data import ImageSet
+from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.ranking import rank_images
 
@@ -35,9 +36,11 @@ def test_ranking(benchmark: BenchmarkFixture, device: str) -> None:
     dtype = best_dtype(device)
     infected_logits = predict_logits(infected, data.images, dtype=dtype)
 
+    @kept_heap()
     def later_round() -> Tensor:
         return rank_images(infected_logits, predict_logits(purified, data.images, dtype=dtype)).order
 
+    @kept_heap()
     def first_round() -> Tensor:
         ours = predict_logits(infected, data.images, dtype=dtype)
         return rank_images(ours, predict_logits(purified, data.images, dtype=dtype)).order
