@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
+from pbe_fast.pgd import random_windows
 from pbe_fast.ranking import Ranking, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
@@ -200,6 +202,8 @@ def fine_tune(
     )
     attacks = [
         torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+        if pgd.window is None
+        else functools.partial(attack_windows, model, pgd)
         for pgd in config.attacks
     ]
     batches = endless(training_loader(data, tuning, chosen=chosen))
@@ -222,6 +226,22 @@ def fine_tune(
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
+    """PGD on one random window of each image; torchattacks has none."""
+    assert pgd.window is not None
+    window = random_windows(images, torch.randint(2**62, (len(images),), device=images.device), pgd.window, seed=0)
+    was_training = model.training
+    model.eval()
+    adversarial = images.clone()
+    for _ in range(pgd.steps):
+        adversarial.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
+        moved = adversarial.detach() + pgd.step_size * gradient.sign() * window
+        adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
+    model.train(was_training)
+    return adversarial
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:

@@ -20,7 +20,7 @@ from pbe_fast.engine.replay import Replay
 from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.models.normalized import Normalized
-from pbe_fast.pgd import input_gradient, random_start
+from pbe_fast.pgd import input_gradient, random_start, random_windows
 
 # Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next.
 _CPU_ROWS = 64
@@ -28,7 +28,10 @@ _CPU_ROWS = 64
 
 @dataclass
 class _Batch:
-    """Tensors of fixed address that the attack works on, one row per image; ``model_input`` may be ``adversarial``."""
+    """Tensors of fixed address that the attack works on, one row per image; ``model_input`` may be ``adversarial``.
+
+    Where only ``windows`` of the images are changed, they hold which pixels those are.
+    """
 
     images: Tensor
     labels: Tensor
@@ -36,9 +39,18 @@ class _Batch:
     adversarial: Tensor
     model_input: Tensor
     fooled: Tensor
+    windows: Tensor | None
 
     @classmethod
-    def empty(cls, rows: int, shape: tuple[int, ...], device: torch.device, input_dtype: torch.dtype | None) -> _Batch:
+    def empty(
+        cls,
+        rows: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        input_dtype: torch.dtype | None,
+        *,
+        windows: bool = False,
+    ) -> _Batch:
         def pictures(dtype: torch.dtype = torch.float32) -> Tensor:
             zeros = torch.zeros((rows, *shape), dtype=dtype, device=device)
             return zeros.contiguous(memory_format=torch.channels_last)
@@ -46,7 +58,8 @@ class _Batch:
         images, adversarial = pictures(), pictures()
         labels, ids = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         model_input = adversarial if input_dtype is None else pictures(input_dtype)
-        return cls(images, labels, ids, adversarial, model_input, labels.bool())
+        where = torch.zeros((rows, 1, *shape[1:]), dtype=torch.bool, device=device) if windows else None
+        return cls(images, labels, ids, adversarial, model_input, labels.bool(), where)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +70,10 @@ class _Batch:
         shared = self.model_input is self.adversarial
         model_input = adversarial if shared else _pick(self.model_input, index)
         images = _pick(self.images, index)
-        return _Batch(images, self.labels[index], self.ids[index], adversarial, model_input, self.fooled[index])
+        windows = None if self.windows is None else self.windows[index]
+        return _Batch(
+            images, self.labels[index], self.ids[index], adversarial, model_input, self.fooled[index], windows
+        )
 
 
 class PGD:
@@ -73,7 +89,7 @@ class PGD:
         image_shape: (C, H, W).
         batch_size: Images at a time, at most.
         dtype: Of the matrix products; the images stay in float32.
-        seed: Of the random starts.
+        seed: Of the random starts and windows.
         planned: Images that will be attacked in the whole run, where that is known.
     """
 
@@ -101,7 +117,8 @@ class PGD:
         # A graph and compiled code have one batch size.
         self._fixed = device.type == "cuda"
         rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
-        self._batch = _Batch.empty(rows, self.image_shape, device, dtype if self._mean is not None else None)
+        input_dtype = dtype if self._mean is not None else None
+        self._batch = _Batch.empty(rows, self.image_shape, device, input_dtype, windows=config.window is not None)
         self._key, self._restart = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._make_replays()
         if config.compile == "on":
@@ -119,20 +136,21 @@ class PGD:
         Args:
             images: (B, C, H, W) float32 in [0, 1], of any number.
             labels: (B,) int64.
-            image_ids: (B,) int64, the images' numbers in their set: random starts are drawn by them, not by the batch.
-            seed: Of the random starts of this call, from 0 to 2^63 - 1; that of the object if not given.
+            image_ids: (B,) int64, the images' numbers in their set: random starts and windows are drawn by them, not by
+                the batch.
+            seed: Of the random numbers of this call, from 0 to 2^63 - 1; that of the object if not given.
 
         Returns:
             (B, C, H, W) float32 in [0, 1], in the memory layout of ``images``.
 
         Raises:
-            InputError: Images of another shape, or a random start without ids.
+            InputError: Images of another shape, or a random start or window without ids.
         """
         if tuple(images.shape[1:]) != self.image_shape:
             raise InputError("images to attack", got=tuple(images.shape), accepted=f"(B, {self.image_shape})")
         if image_ids is None:
-            if self.config.random_start:
-                raise InputError("image_ids of a random start", got=None, accepted="(B,) int64")
+            if self.config.draws:
+                raise InputError("image_ids of a random start or window", got=None, accepted="(B,) int64")
             image_ids = torch.zeros_like(labels)
         if len(images) == 0:
             return images.clone()
@@ -193,7 +211,13 @@ class PGD:
             batch.adversarial.copy_(start)
         else:
             batch.adversarial.copy_(batch.images)
+        if batch.windows is not None:
+            batch.windows.copy_(self._windows(batch.images, batch.ids))
         self._set_input(batch)
+
+    def _windows(self, images: Tensor, ids: Tensor) -> Tensor:
+        assert self.config.window is not None
+        return random_windows(images, ids, self.config.window, self._key, self._restart)
 
     def _set_input(self, batch: _Batch) -> None:
         if batch.model_input is not batch.adversarial:
@@ -205,6 +229,8 @@ class PGD:
         return (images - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
 
     def _update(self, batch: _Batch, gradient: Tensor) -> None:
+        if batch.windows is not None:
+            gradient = gradient * batch.windows
         apart = None if batch.model_input is batch.adversarial else batch.model_input
         pgd_step_(
             batch.adversarial,
@@ -224,6 +250,7 @@ class PGD:
         starts = (
             random_start(images, ids, self.config, self._key, self._restart) if self.config.random_start else images
         )
+        windows = self._windows(images, ids) if self.config.window is not None else None
         # One row more, for slots that have nothing left to do: with fixed sizes they go on computing.
         out = torch.cat([starts, starts[:1]])
         batch = self._batch if self._fixed else self._batch.rows(slice(min(n, len(self._batch))))
@@ -235,6 +262,8 @@ class PGD:
             batch.images.copy_(torch.where(picture, images[source], batch.images))
             batch.labels.copy_(torch.where(done, labels[source], batch.labels))
             batch.adversarial.copy_(torch.where(picture, starts[source], batch.adversarial))
+            if windows is not None and batch.windows is not None:
+                batch.windows.copy_(torch.where(picture, windows[source], batch.windows))
             self._set_input(batch)
             if self._fixed:
                 self._step_all()

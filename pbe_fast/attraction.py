@@ -48,7 +48,7 @@ def reached_labels(
     """
     k = data.num_classes
     counts = torch.zeros(k * k, dtype=torch.int64)
-    seed = int(torch.randint(2**62, (), generator=generator)) if pgd.random_start else 0
+    seed = int(torch.randint(2**62, (), generator=generator)) if pgd.draws else 0
     attack = PGD(model, pgd, image_shape=data.image_shape, batch_size=_BATCH, dtype=dtype, seed=seed, planned=len(data))
     batches = torch.arange(len(data), device=data.device).split(_BATCH)
     for ids in progress(batches, desc=desc, enabled=show_progress):

@@ -84,6 +84,9 @@ class PGDConfig:
     eps: float = option(12 / 255, "radius of the ball, in pixel units of [0, 1]")
     alpha: float | None = option(None, "step size; a quarter of eps if not given")
     steps: int = option(5, "number of steps")
+    window: float | None = option(
+        None, "change one random window of each image, of this share of its shorter side, instead of all of it"
+    )
     random_start: bool = option(False, "start at a random point of the ball")
     restarts: int = option(1, "random starts per image; the one that reaches the highest loss counts")
     early_stop: bool = option(False, "leave an image alone as soon as it is misclassified")
@@ -95,10 +98,16 @@ class PGDConfig:
         _check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        _check(self.window is None or 0 < self.window <= 1, "window", self.window, "above 0 and at most 1")
         _check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
-        alone = "1, or more with random_start=True (--random-start)"
-        _check(self.restarts == 1 or self.random_start, "restarts", self.restarts, alone)
+        alone = "1, or more with random_start=True (--random-start) or a window"
+        _check(self.restarts == 1 or self.draws, "restarts", self.restarts, alone)
         _check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
+
+    @property
+    def draws(self) -> bool:
+        """Whether its images depend on random numbers."""
+        return self.random_start or self.window is not None
 
     @property
     def step_size(self) -> float:
@@ -160,6 +169,11 @@ class PurifyConfig:
         (1.0, 1 / 3, 1 / 8),
         "factors on eps that the updates of step 1b go through in turn: the way to a faint trigger is a short one",
     )
+    patch_windows: tuple[float, ...] = option(
+        (0.25, 0.125),
+        "sides of further turns of step 1b, as shares of the image's: they change one random window of each image, and "
+        "that at will, which is the way to a patch (none: no such turns)",
+    )
     adversarial_steps: int = option(100, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
@@ -188,6 +202,8 @@ class PurifyConfig:
             self.eps_factors,
             "each above 0, at least one",
         )
+        sides = all(0 < w <= 1 for w in self.patch_windows)
+        _check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
         _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
         _check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
@@ -198,14 +214,16 @@ class PurifyConfig:
     @classmethod
     def paper(cls) -> PurifyConfig:
         """Algorithm 1 to the letter: one eps, no distillation, no clean images in step 1b, a random first extra set."""
-        return cls(finetune=FineTuneConfig(mix_clean=False, distill_weight=0.0), eps_factors=(1.0,), initial="random")
+        plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
+        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), initial="random")
 
     @property
     def attacks(self) -> tuple[PGDConfig, ...]:
-        """Step 1a, once for each of ``eps_factors``."""
-        return tuple(
-            dataclasses.replace(self.pgd, eps=self.pgd.eps * f, alpha=self.pgd.step_size * f) for f in self.eps_factors
-        )
+        """Step 1a, once for each of ``eps_factors`` and of ``patch_windows``."""
+        pgd = self.pgd
+        whole = [dataclasses.replace(pgd, eps=pgd.eps * f, alpha=pgd.step_size * f) for f in self.eps_factors]
+        patches = [dataclasses.replace(pgd, norm="linf", eps=1.0, alpha=0.25, window=w) for w in self.patch_windows]
+        return (*whole, *patches)
 
 
 @dataclass(frozen=True, kw_only=True)

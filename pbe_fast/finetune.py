@@ -159,7 +159,7 @@ class FineTuner:
         self._loss_sum.zero_()
         seen = 0
         # Other random starts in every update, also where a pass brings the same image again.
-        randomly = any(attack.random_start for attack in attacks)
+        randomly = any(attack.draws for attack in attacks)
         first_seed = int(torch.randint(2**62, (), generator=self._generator)) if randomly else 0
         seeds = itertools.count(first_seed)
         turns: Iterator[PGDConfig | None] = itertools.cycle(attacks or (None,))

@@ -15,6 +15,8 @@ from pbe_fast.kernels.philox import random_words
 
 # Philox's stream of the random starts, "PGD" and the number of the restart: no other operation draws the same numbers.
 _STREAM = 0x50474400
+# Likewise of the windows, "WIN".
+_WINDOW_STREAM = 0x57494E00
 
 
 def pgd_attack(
@@ -38,18 +40,19 @@ def pgd_attack(
         labels: (B,) int64.
         config: Norm, radius, steps.
         dtype: Of the model's matrix products; the images stay in float32.
-        seed: Of the random start.
-        image_ids: (B,) int64, what the random start of each image is drawn by; their positions if not given.
+        seed: Of the random start and of the windows.
+        image_ids: (B,) int64, what these are drawn by for each image; their positions if not given.
 
     Returns:
         (B, C, H, W) float32 in [0, 1], in the memory layout of ``images``.
     """
-    adversarial = images.clone()
-    if config.random_start:
-        ids = torch.arange(len(images), device=images.device) if image_ids is None else image_ids
-        adversarial = random_start(images, ids, config, seed)
+    ids = torch.arange(len(images), device=images.device) if image_ids is None else image_ids
+    adversarial = random_start(images, ids, config, seed) if config.random_start else images.clone()
+    windows = None if config.window is None else random_windows(images, ids, config.window, seed)
     for _ in range(config.steps):
         gradient, _ = input_gradient(model, adversarial, labels, dtype=dtype)
+        if windows is not None:
+            gradient *= windows
         pgd_step_(adversarial, gradient, images, eps=config.eps, alpha=config.step_size, norm=config.norm)
     return adversarial
 
@@ -98,4 +101,37 @@ def random_start(
         angle = uniform[:, 1:-1:2] * (2 * math.pi)
         direction = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :size]
         noise = uniform[:, -1:] ** (1 / max(size, 1)) * direction / direction.norm(dim=1, keepdim=True)
-    return torch.add(images, noise.view(images.shape), alpha=config.eps).clamp_(0, 1)
+    start = torch.add(images, noise.view(images.shape), alpha=config.eps).clamp_(0, 1)
+    if config.window is None:
+        return start
+    return torch.where(random_windows(images, image_ids, config.window, seed, restart), start, images)
+
+
+def random_windows(
+    images: Tensor, image_ids: Tensor, share: float, seed: int | Tensor, restart: int | Tensor = 0
+) -> Tensor:
+    """A random square of each image, where a patch may be: along each axis half of them touch a border.
+
+    They depend on seed, image id and restart, as `random_start` does.
+
+    Args:
+        images: (B, C, H, W).
+        image_ids: (B,) int64.
+        share: Side of the square as a fraction of the image's shorter side.
+        seed: 64 bits.
+        restart: The number of the restart.
+
+    Returns:
+        (B, 1, H, W) bool.
+    """
+    side = max(1, round(share * min(images.shape[2:])))
+    words = random_words(image_ids, seed, _WINDOW_STREAM + restart, 2)
+    inside = []
+    for axis, size in enumerate(images.shape[2:]):
+        places = size - side + 1
+        # Twice as many starts as there are places: those before the first and after the last are at the borders.
+        start = (words[:, axis] % (2 * places) - places // 2).clamp(0, places - 1)
+        offset = torch.arange(size, device=images.device) - start[:, None]
+        inside.append((offset >= 0) & (offset < side))
+    rows, columns = inside
+    return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -62,12 +62,13 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("window", [None, 0.5])
 def test_equals_the_plain_loop(
-    model: nn.Module, images: Tensor, labels: Tensor, norm: str, start: bool, normalised: bool
+    model: nn.Module, images: Tensor, labels: Tensor, norm: str, start: bool, normalised: bool, window: float | None
 ) -> None:
     if normalised:
         model = Normalized(model, (0.5, 0.4, 0.6), (0.3, 0.2, 0.25)).eval()
-    config = PGDConfig(norm=norm, eps=0.05 if norm == "linf" else 0.8, steps=4, random_start=start)
+    config = PGDConfig(norm=norm, eps=0.05 if norm == "linf" else 0.8, steps=4, random_start=start, window=window)
     ids = torch.arange(9) * 5
     before = images.clone()
     expected = pgd_attack(model, images, labels, config, seed=3, image_ids=ids)
@@ -82,11 +83,14 @@ def test_equals_the_plain_loop(
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 9, 100])
 def test_the_batch_size_makes_no_difference(
-    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, early_stop: bool
+    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, early_stop: bool, window: float | None
 ) -> None:
-    config = PGDConfig(norm="l2", eps=0.5, steps=3, random_start=True, restarts=2, early_stop=early_stop)
+    config = PGDConfig(
+        norm="l2", eps=0.5, steps=3, random_start=window is None, window=window, restarts=2, early_stop=early_stop
+    )
     ids = torch.randperm(9, generator=torch.Generator().manual_seed(4))
     whole = PGD(model, config, image_shape=SHAPE, seed=1)(images, labels, ids)
     attack = PGD(model, config, image_shape=SHAPE, seed=1, batch_size=batch_size)
@@ -114,16 +118,18 @@ class FixedSize:
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
 def test_the_last_batch_is_padded_where_the_size_is_fixed(
-    model: nn.Module, images: Tensor, labels: Tensor, count: int, early_stop: bool
+    model: nn.Module, images: Tensor, labels: Tensor, count: int, early_stop: bool, window: float | None
 ) -> None:
-    config = PGDConfig(norm="l2", eps=0.8, steps=3, early_stop=early_stop)
+    config = PGDConfig(norm="l2", eps=0.8, steps=3, early_stop=early_stop, window=window)
     attack = PGD(model, config, image_shape=SHAPE, batch_size=4)
-    attack(images, labels)
-    expected = PGD(model, config, image_shape=SHAPE)(images[:count], labels[:count])
+    ids = torch.arange(9)
+    attack(images, labels, ids)
+    expected = PGD(model, config, image_shape=SHAPE)(images[:count], labels[:count], ids[:count])
     fixed = FixedSize(attack)
-    got = attack(images[:count], labels[:count])
+    got = attack(images[:count], labels[:count], ids[:count])
     assert fixed.sizes == {4}
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -243,6 +249,8 @@ def test_refusals(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         PGD(model, PGDConfig(), image_shape=SHAPE)(images[..., :5], labels)
     with pytest.raises(InputError, match="image_ids"):
         PGD(model, PGDConfig(random_start=True), image_shape=SHAPE)(images, labels)
+    with pytest.raises(InputError, match="image_ids"):
+        PGD(model, PGDConfig(window=0.5), image_shape=SHAPE)(images, labels)
 
 
 def _eager(network: nn.Module, **options: object) -> nn.Module:

@@ -27,6 +27,8 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PGDConfig, {"restarts": 2}),
     (PGDConfig, {"compile": "never"}),
     (FineTuneConfig, {"lr": 0.0}),
+    (PGDConfig, {"window": 0.0}),
+    (PGDConfig, {"window": 1.1}),
     (FineTuneConfig, {"lr": math.nan}),
     (FineTuneConfig, {"batch_size": 1}),
     (FineTuneConfig, {"momentum": 1.0}),
@@ -40,6 +42,8 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"clean_epochs": -1}),
     (PurifyConfig, {"eps_factors": ()}),
     (PurifyConfig, {"eps_factors": (1.0, 0.0)}),
+    (PurifyConfig, {"patch_windows": (0.0,)}),
+    (PurifyConfig, {"patch_windows": (0.25, 1.5)}),
     (PurifyConfig, {"fractions": ()}),
     (PurifyConfig, {"fractions": (0.1, 0.0)}),
     (PurifyConfig, {"fractions": (0.1, 1.1)}),
@@ -104,9 +108,17 @@ def test_the_paper_s_own_options() -> None:
 
 
 def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> None:
-    config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25))
+    config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25), patch_windows=())
     assert [(a.eps, a.step_size) for a in config.attacks] == [(0.08, 0.01), (0.02, 0.0025)]
-    assert [a.eps for a in PurifyConfig.paper().attacks] == [PGDConfig().eps]
+    assert [(a.eps, a.window) for a in PurifyConfig.paper().attacks] == [(PGDConfig().eps, None)]
+
+
+def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is() -> None:
+    config = PurifyConfig(pgd=PGDConfig(norm="l2", eps=2.0, steps=7), eps_factors=(1.0,), patch_windows=(0.5, 0.2))
+    whole, *patches = config.attacks
+    assert (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
+    assert [a.window for a in patches] == [0.5, 0.2]
+    assert {(a.norm, a.eps, a.steps) for a in patches} == {("linf", 1.0, 7)}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.config import PGDConfig
-from pbe_fast.pgd import input_gradient, pgd_attack, random_start
+from pbe_fast.pgd import input_gradient, pgd_attack, random_start, random_windows
 
 
 @pytest.fixture
@@ -183,3 +183,51 @@ def test_random_start_belongs_to_seed_image_and_restart_and_stays_in_the_box(nor
         assert all(not torch.equal(a, b) for a, b in zip(other, first, strict=True))
     assert first.min() >= 0 and first.max() <= 1
     assert 0 < first[0].max() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("start", [False, True])
+def test_a_window_is_all_that_changes(model: nn.Module, images: Tensor, labels: Tensor, norm: str, start: bool) -> None:
+    config = PGDConfig(norm=norm, eps=1.0, steps=4, window=0.5, random_start=start)
+    ids = torch.arange(9) * 3
+    inside = random_windows(images, ids, 0.5, seed=7).expand_as(images)
+    got = pgd_attack(model, images, labels, config, seed=7, image_ids=ids)
+    changed = got != images
+    assert not changed[~inside].any()
+    assert changed[inside].double().mean() > 0.5
+    with torch.no_grad():
+        clean, attacked = (F.cross_entropy(model(x), labels, reduction="none") for x in (images, got))
+    assert (attacked > clean).all()
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.125, (32, 32)), (0.5, (5, 9)), (1.0, (4, 6)), (0.01, (7, 7))])
+def test_windows_are_squares_half_of_which_touch_a_border(share: float, size: tuple[int, int]) -> None:
+    images = torch.zeros(6000, 3, *size)
+    masks = random_windows(images, torch.arange(6000), share, seed=1)
+    assert masks.shape == (6000, 1, *size) and masks.dtype == torch.bool
+    side = max(1, round(share * min(size)))
+    for axis in (2, 3):
+        along = masks.flatten(0, 1).any(2 if axis == 2 else 1)
+        assert (along.sum(1) == side).all()
+        places = size[axis - 2] - side + 1
+        first = along.float().argmax(1)
+        seen = first.bincount(minlength=places) / 6000
+        # Each inner place once in twice as many starts, the borders for all that lie beyond them.
+        inner = 1 / (2 * places)
+        expected = torch.full((places,), inner)
+        expected[0] += inner * (places // 2)
+        expected[-1] += inner * (places - places // 2)
+        torch.testing.assert_close(seen, expected, atol=0.025, rtol=0)
+    assert (masks.sum((1, 2, 3)) == side * side).all()
+
+
+def test_a_window_belongs_to_seed_image_and_restart() -> None:
+    images, ids = torch.zeros(40, 1, 32, 32), torch.arange(40) + 2**33
+    first = random_windows(images, ids, 0.25, seed=3, restart=1)
+    assert torch.equal(random_windows(images[5:7], ids[5:7], 0.25, torch.tensor(3), torch.tensor(1)), first[5:7])
+    for other in (
+        random_windows(images, ids, 0.25, seed=4, restart=1),
+        random_windows(images, ids, 0.25, seed=3),
+        random_windows(images, ids + 1, 0.25, seed=3, restart=1),
+    ):
+        assert (other != first).flatten(1).any(1).double().mean() > 0.5

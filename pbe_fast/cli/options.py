@@ -34,8 +34,8 @@ def number(text: str | float) -> float:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Floats with commas between them."""
-    return tuple(number(part) for part in text.split(","))
+    """Floats with commas between them; "none" is no number at all."""
+    return () if text == "none" else tuple(number(part) for part in text.split(","))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _spell(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(map(_spell, value))
+        return ",".join(map(_spell, value)) or "none"
     if isinstance(value, float):
         levels = round(value * 255)
         # 6/255 says more than 0.023529411764705882.
