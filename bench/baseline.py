@@ -147,7 +147,7 @@ def purify_plainly(
     generator = torch.Generator().manual_seed(seed)
     attracting = torch.zeros(train.num_classes, dtype=torch.bool)
     if config.initial != "random":
-        attracting = attracting_labels(attack_counts_plainly(infected, train, config.pgd, generator, where))
+        attracting = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
     infected_logits = logits_of(infected, train, where)
     fragile = steady = None
     if config.initial == "steady" and not attracting.any():
@@ -189,8 +189,6 @@ def fine_tune(
     device: torch.device,
 ) -> None:
     """Steps 1 and 2 of a round."""
-    import torchattacks
-
     tuning = config.finetune
     size = len(data) if chosen is None else len(chosen)
     per_epoch = math.ceil(size / tuning.batch_size)
@@ -200,12 +198,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total, tuning.warmup)
     )
-    attacks = [
-        torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
-        if pgd.window is None
-        else functools.partial(attack_windows, model, pgd)
-        for pgd in config.attacks
-    ]
+    attacks = [plain_attack(model, pgd) for pgd in config.attacks]
     batches = endless(training_loader(data, tuning, chosen=chosen))
     for step in range(total):
         images, labels = (tensor.to(device) for tensor in next(batches))
@@ -226,6 +219,15 @@ def fine_tune(
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def plain_attack(model: nn.Module, pgd: PGDConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """torchattacks' PGD, which has no windows, or the loop below."""
+    import torchattacks
+
+    if pgd.window is not None:
+        return functools.partial(attack_windows, model, pgd)
+    return torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
 
 
 def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
@@ -262,28 +264,33 @@ def distillation(logits: Tensor, images: Tensor, teacher: nn.Module | None, conf
 
 
 def attack_counts_plainly(
-    model: nn.Module, data: ImageSet, pgd: PGDConfig, generator: torch.Generator, device: torch.device
+    model: nn.Module, data: ImageSet, config: PurifyConfig, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     """`pbe_fast.attraction.attack_counts`, with torchattacks and a model that runs in eager float32."""
+    pgd, patches = config.pgd, config.patch_attacks
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * SAMPLE])
     right = logits_of(model, sample, device).argmax(1) == sample.labels
     if not right.any():
-        return torch.zeros(2, data.num_classes, data.num_classes, dtype=torch.int64)
+        return torch.zeros(2 + len(patches), data.num_classes, data.num_classes, dtype=torch.int64)
     sample = sample.select(right.nonzero()[:SAMPLE, 0])
     full = reached_plainly(model, sample, pgd, device)
     for halvings in range(HALVINGS, 0, -1):
         smaller = dataclasses.replace(pgd, eps=pgd.eps / 2**halvings, alpha=pgd.step_size / 2**halvings)
         least = reached_plainly(model, sample, smaller, device)
-        if len(sample) - least.diagonal().sum() >= MOVED * len(sample):
+        if moves_enough(least):
             break
-    return torch.stack([least, full])
+    in_windows = [reached_plainly(model, sample, patch, device) for patch in patches]
+    return torch.stack([least, full, *(counts * moves_enough(counts) for counts in in_windows)])
+
+
+def moves_enough(counts: Tensor) -> bool:
+    """Whether a quarter of the images reached another label."""
+    return bool(counts.sum() - counts.diagonal().sum() >= MOVED * counts.sum())
 
 
 def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: torch.device) -> Tensor:
     """(K, K) counts: the label of an image, and the one that it is led to."""
-    import torchattacks
-
-    attack = torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
+    attack = plain_attack(model, pgd)
     counts = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
     loader = DataLoader(Pictures(data, transforms.ToTensor()), batch_size=250, num_workers=WORKERS)
     for images, labels in loader:

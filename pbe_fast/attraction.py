@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,50 +99,60 @@ def attack_counts(
     data: ImageSet,
     pgd: PGDConfig,
     *,
+    patches: Sequence[PGDConfig] = (),
     generator: torch.Generator,
     dtype: torch.dtype,
     show_progress: bool = False,
 ) -> Tensor:
-    """Where the untargeted attack leads, at two sizes of eps.
+    """Where the untargeted attack leads, at two sizes of eps and in windows.
 
-    For a benign model about uniform, says the paper, for an infected one the target label. Which eps shows it depends
-    on the trigger. The way to a faint one (WaNet) is the shortest, and only the least eps that moves the images at all
-    finds it; one that changes every pixel a good deal (Blend) takes the full eps.
+    For a benign model about uniform, says the paper, for an infected one the target label. Which attack shows it
+    depends on the trigger. The way to a faint one (WaNet) is the shortest, and only the least eps that moves the images
+    at all finds it; one that changes every pixel a good deal (Blend) takes the full eps; a patch (BadNets) is in no
+    such ball, but in a window.
 
     Args:
         model: In eval mode, on the device of ``data``.
         data: A random thousand of it, which the model answers with their label, is attacked.
         pgd: The attack. Its eps is the larger one; the smaller is the least of eps / 2, ..., eps / 64 that moves a
             quarter of the images to another label.
+        patches: Attacks on windows. One that moves fewer than a quarter of the images shows nothing.
         generator: On the CPU.
         dtype: Of the matrix products.
         show_progress: Whether each of its attacks shows a bar where it lasts.
 
     Returns:
-        (2, K, K) int64 on the CPU, for the smaller and the full eps, as `reached_labels` counts; zeros where the model
-        answers nothing rightly.
+        (2 + patches, K, K) int64 on the CPU, for the smaller eps, the full one and the patches, as `reached_labels`
+        counts; zeros where an attack shows nothing, or the model answers nothing rightly.
     """
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * _SAMPLE].to(data.device))
     # Not before: the whole set may be too large for the model's device.
     sample = sample.to(next(model.parameters()).device)
     right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
     if not right.any():
-        return torch.zeros(2, data.num_classes, data.num_classes, dtype=torch.int64)
+        return torch.zeros(2 + len(patches), data.num_classes, data.num_classes, dtype=torch.int64)
     sample = sample.select(right.nonzero()[:_SAMPLE, 0])
 
-    def attack(eps: float) -> Tensor:
-        scaled = dataclasses.replace(pgd, eps=eps, alpha=pgd.step_size * eps / pgd.eps)
-        desc = f"attracting labels, eps {eps * 255:.3g}/255"
+    def attack(pgd: PGDConfig, where: str) -> Tensor:
+        desc = f"attracting labels, {where}"
         return reached_labels(
-            model, sample, scaled, generator=generator, dtype=dtype, desc=desc, show_progress=show_progress
+            model, sample, pgd, generator=generator, dtype=dtype, desc=desc, show_progress=show_progress
         )
 
-    full = attack(pgd.eps)
+    def attack_within(eps: float) -> Tensor:
+        scaled = dataclasses.replace(pgd, eps=eps, alpha=pgd.step_size * eps / pgd.eps)
+        return attack(scaled, f"eps {eps * 255:.3g}/255")
+
+    def moves_enough(counts: Tensor) -> bool:
+        return bool(counts.sum() - counts.diagonal().sum() >= _MOVED * len(sample))
+
+    full = attack_within(pgd.eps)
     for halvings in range(_HALVINGS, 0, -1):
-        least = attack(pgd.eps / 2**halvings)
-        if len(sample) - least.diagonal().sum() >= _MOVED * len(sample):
+        least = attack_within(pgd.eps / 2**halvings)
+        if moves_enough(least):
             break
-    return torch.stack([least, full])
+    in_windows = [attack(patch, f"windows of {patch.window:.3g}") for patch in patches]
+    return torch.stack([least, full, *(counts * moves_enough(counts) for counts in in_windows)])
 
 
 def even_shares(counts: Tensor) -> Tensor:

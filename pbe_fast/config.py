@@ -222,8 +222,14 @@ class PurifyConfig:
         """Step 1a, once for each of ``eps_factors`` and of ``patch_windows``."""
         pgd = self.pgd
         whole = [dataclasses.replace(pgd, eps=pgd.eps * f, alpha=pgd.step_size * f) for f in self.eps_factors]
-        patches = [dataclasses.replace(pgd, norm="linf", eps=1.0, alpha=0.25, window=w) for w in self.patch_windows]
-        return (*whole, *patches)
+        return (*whole, *self.patch_attacks)
+
+    @property
+    def patch_attacks(self) -> tuple[PGDConfig, ...]:
+        """Those of ``patch_windows``: in four steps a pixel goes from any value to any other."""
+        return tuple(
+            dataclasses.replace(self.pgd, norm="linf", eps=1.0, alpha=0.25, window=w) for w in self.patch_windows
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,7 @@ class _Run:
                     self.infected,
                     train,
                     self.config.pgd,
+                    patches=self.config.patch_attacks,
                     generator=self.generator,
                     dtype=self.dtype,
                     show_progress=self.progress,

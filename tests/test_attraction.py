@@ -14,7 +14,7 @@ from pbe_fast.attraction import (
     reached_labels,
     shift_shares,
 )
-from pbe_fast.config import PGDConfig
+from pbe_fast.config import PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
 
 
@@ -111,6 +111,39 @@ def test_a_faint_trigger_shows_at_the_least_eps_that_moves_a_quarter_and_not_at_
     assert even_shares(least).tolist() == [0, 0, 1, 0]
     assert even_shares(full).tolist() == pytest.approx([0.5, 0.5, 0, 0])
     assert attracting_labels(least[None]).tolist() == [False, False, True, False]
+
+
+class Patched(nn.Module):
+    """Label 2 is behind four white pixels anywhere, the other labels a little grey away in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = images.mean((1, 2, 3)) * self.weight
+        patch = 100 * (F.avg_pool2d(images, 2).amax((1, 2, 3)) - 0.95)
+        return torch.stack([0.5 - 10 * (level - 0.5), 0.5 + 10 * (level - 0.5), patch, 0 * patch - 9], dim=1)
+
+
+def test_a_patch_shows_in_windows_and_in_no_ball_and_windows_that_move_few_images_do_not_count() -> None:
+    labels = torch.arange(200) % 2
+    images = torch.where(labels == 1, 166, 89).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+    config = PurifyConfig(pgd=PGDConfig(eps=0.2, steps=5), patch_windows=(0.5, 0.01))
+    least, full, half, dot = attack_counts(
+        Patched().eval(),
+        ImageSet(images, labels, tuple("abcd")),
+        config.pgd,
+        patches=config.patch_attacks,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+    )
+    assert least.sum() == full.sum() == 200
+    assert even_shares(least)[2] == even_shares(full)[2] == 0
+    # Dark images go white in the window, bright ones dark.
+    assert even_shares(half).tolist() == [0.5, 0, 0.5, 0]
+    assert half[0, 2] == 100
+    assert dot.sum() == 0
 
 
 def test_only_images_that_the_model_answers_rightly_are_attacked() -> None:
