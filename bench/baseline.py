@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pbe_fast.attraction import attracting_labels
-from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
+from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
@@ -29,6 +29,7 @@ from pbe_fast.pgd import random_windows
 from pbe_fast.ranking import Ranking, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
+from pbe_fast.waves import add_waves
 
 transforms = import_torchvision().transforms
 
@@ -221,10 +222,12 @@ def fine_tune(
     model.eval()
 
 
-def plain_attack(model: nn.Module, pgd: PGDConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchattacks' PGD, which has no windows, or the loop below."""
+def plain_attack(model: nn.Module, pgd: PGDConfig | WaveConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """torchattacks' PGD; it has no windows and no waves."""
     import torchattacks
 
+    if isinstance(pgd, WaveConfig):
+        return lambda images, labels: add_waves(images, random_ids(images), pgd, seed=0)
     if pgd.window is not None:
         return functools.partial(attack_windows, model, pgd)
     return torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
@@ -233,7 +236,7 @@ def plain_attack(model: nn.Module, pgd: PGDConfig) -> Callable[[Tensor, Tensor],
 def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
     """PGD on one random window of each image; torchattacks has none."""
     assert pgd.window is not None
-    window = random_windows(images, torch.randint(2**62, (len(images),), device=images.device), pgd.window, seed=0)
+    window = random_windows(images, random_ids(images), pgd.window, seed=0)
     was_training = model.training
     model.eval()
     adversarial = images.clone()
@@ -244,6 +247,11 @@ def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Ten
         adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
     model.train(was_training)
     return adversarial
+
+
+def random_ids(images: Tensor) -> Tensor:
+    """Numbers that the random part of a perturbation is drawn by."""
+    return torch.randint(2**62, (len(images),), device=images.device)
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:

@@ -110,9 +110,37 @@ class PGDConfig:
         return self.random_start or self.window is not None
 
     @property
+    def passes(self) -> int:
+        """Work per image, in forward passes: each step also goes back to the image."""
+        return 2 * self.steps
+
+    @property
     def step_size(self) -> float:
         """``alpha``, or its default."""
         return self.eps / 4 if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveConfig:
+    """Random plane waves (`pbe_fast.waves`), in place of an attack."""
+
+    amplitude: float = option(0.2, "amplitude, in pixel units of [0, 1]")
+    max_cycles: float = option(8.0, "highest frequency along each axis, in periods over the image")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check(0 < self.amplitude < math.inf, "amplitude", self.amplitude, "above 0")
+        _check(0 < self.max_cycles < math.inf, "max_cycles", self.max_cycles, "above 0")
+
+    @property
+    def draws(self) -> bool:
+        """Whether its images depend on random numbers."""
+        return True
+
+    @property
+    def passes(self) -> int:
+        """Work per image, in forward passes."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +202,10 @@ class PurifyConfig:
         "sides of further turns of step 1b, as shares of the image's: they change one random window of each image, and "
         "that at will, which is the way to a patch (none: no such turns)",
     )
+    wave_amplitude: float = option(
+        0.2,
+        "a further turn of step 1b: random plane waves of this amplitude, in pixel units of [0, 1] (0: none)",
+    )
     adversarial_steps: int = option(100, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
@@ -202,6 +234,7 @@ class PurifyConfig:
             self.eps_factors,
             "each above 0, at least one",
         )
+        _check(0 <= self.wave_amplitude < math.inf, "wave_amplitude", self.wave_amplitude, "0 or more")
         sides = all(0 < w <= 1 for w in self.patch_windows)
         _check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
@@ -215,14 +248,15 @@ class PurifyConfig:
     def paper(cls) -> PurifyConfig:
         """Algorithm 1 to the letter: one eps, no distillation, no clean images in step 1b, a random first extra set."""
         plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
-        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), initial="random")
+        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), wave_amplitude=0.0, initial="random")
 
     @property
-    def attacks(self) -> tuple[PGDConfig, ...]:
-        """Step 1a, once for each of ``eps_factors`` and of ``patch_windows``."""
+    def attacks(self) -> tuple[PGDConfig | WaveConfig, ...]:
+        """Step 1a, once for each of ``eps_factors`` and of ``patch_windows``, and the waves."""
         pgd = self.pgd
         whole = [dataclasses.replace(pgd, eps=pgd.eps * f, alpha=pgd.step_size * f) for f in self.eps_factors]
-        return (*whole, *self.patch_attacks)
+        waves = [WaveConfig(amplitude=self.wave_amplitude)] if self.wave_amplitude > 0 else []
+        return (*whole, *self.patch_attacks, *waves)
 
     @property
     def patch_attacks(self) -> tuple[PGDConfig, ...]:

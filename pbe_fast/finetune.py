@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.attacker import PGD
-from pbe_fast.config import FineTuneConfig, PGDConfig
+from pbe_fast.config import FineTuneConfig, PGDConfig, WaveConfig
 from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine import profile
@@ -23,6 +23,7 @@ from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
 from pbe_fast.errors import InputError, PBEError
+from pbe_fast.waves import Waves
 
 __all__ = [
     "DivergedError",
@@ -32,6 +33,10 @@ __all__ = [
     "learning_rate_factor",
     "steps_per_epoch",
 ]
+
+
+# What makes the images of step 1b.
+Perturbation = PGDConfig | WaveConfig
 
 
 class DivergedError(PBEError):
@@ -116,7 +121,7 @@ class FineTuner:
         data: ImageSet,
         *,
         steps: int,
-        attack: PGDConfig | Sequence[PGDConfig] | None = None,
+        attack: Perturbation | Sequence[Perturbation] | None = None,
         among: Tensor | None = None,
         streamed: bool = False,
         desc: str = "fine-tuning",
@@ -141,7 +146,7 @@ class FineTuner:
         """
         if steps == 0:
             return math.nan
-        attacks = (attack,) if isinstance(attack, PGDConfig) else tuple(attack or ())
+        attacks = (attack,) if isinstance(attack, PGDConfig | WaveConfig) else tuple(attack or ())
         streamed = streamed or data.device != self._device
         if self._teacher is not None and not isinstance(self._teacher, FrozenCopy):
             self._teacher = FrozenCopy(self._teacher, dtype=self._dtype, image_shape=data.image_shape)
@@ -162,7 +167,7 @@ class FineTuner:
         randomly = any(attack.draws for attack in attacks)
         first_seed = int(torch.randint(2**62, (), generator=self._generator)) if randomly else 0
         seeds = itertools.count(first_seed)
-        turns: Iterator[PGDConfig | None] = itertools.cycle(attacks or (None,))
+        turns: Iterator[Perturbation | None] = itertools.cycle(attacks or (None,))
         for rate, batch, turn in zip(self._rates(steps), shown, itertools.islice(turns, steps), strict=True):
             size = len(batch.ids)
             step = self._step_for(data, size, attacked=turn is not None, resident=not streamed)
@@ -231,11 +236,11 @@ class FineTuner:
     def _replay(self, function: Callable[[], None]) -> Replay:
         return Replay(function, self._device, pool=self._pool)
 
-    def _forwards(self, attack: PGDConfig | None) -> float:
-        """Work per image in forward passes: an update is three, a step of the attack two, the teacher one."""
+    def _forwards(self, attack: Perturbation | None) -> float:
+        """Work per image in forward passes: those of the attack; an update is three, the teacher one."""
         work = 3.0 + (self._teacher is not None)
         if attack is not None:
-            work += 2 * attack.steps + 3 * self._config.mix_clean
+            work += attack.passes + 3 * self._config.mix_clean
             work -= self._teacher is not None and not self._config.mix_clean
         return work
 
@@ -243,8 +248,10 @@ class FineTuner:
         logits = self._logits(images)
         return F.cross_entropy(logits, labels) + self._distillation(logits, images)
 
-    def _attacker_for(self, attack: PGDConfig, data: ImageSet, steps: int) -> PGD:
+    def _attacker_for(self, attack: Perturbation, data: ImageSet, steps: int) -> PGD | Waves:
         """Step 1a against the current weights; what it holds, and records for a GPU, lasts for all rounds."""
+        if isinstance(attack, WaveConfig):
+            return Waves(attack)
         key = (attack, data.image_shape)
         if key not in self._attackers:
             size = self._config.batch_size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pbe_fast.baselines import NADConfig
-from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, to_dict
+from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, WaveConfig, to_dict
 from pbe_fast.errors import InputError
 from pbe_fast.triggers import TRIGGERS
 
@@ -44,6 +44,10 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"eps_factors": (1.0, 0.0)}),
     (PurifyConfig, {"patch_windows": (0.0,)}),
     (PurifyConfig, {"patch_windows": (0.25, 1.5)}),
+    (PurifyConfig, {"wave_amplitude": -0.1}),
+    (PurifyConfig, {"wave_amplitude": math.inf}),
+    (WaveConfig, {"amplitude": 0.0}),
+    (WaveConfig, {"max_cycles": 0.0}),
     (PurifyConfig, {"fractions": ()}),
     (PurifyConfig, {"fractions": (0.1, 0.0)}),
     (PurifyConfig, {"fractions": (0.1, 1.1)}),
@@ -108,17 +112,22 @@ def test_the_paper_s_own_options() -> None:
 
 
 def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> None:
-    config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25), patch_windows=())
-    assert [(a.eps, a.step_size) for a in config.attacks] == [(0.08, 0.01), (0.02, 0.0025)]
-    assert [(a.eps, a.window) for a in PurifyConfig.paper().attacks] == [(PGDConfig().eps, None)]
+    config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25))
+    turns = config.attacks[:2]
+    assert all(isinstance(turn, PGDConfig) and turn.window is None for turn in turns)
+    assert [(turn.eps, turn.step_size) for turn in turns] == [(0.08, 0.01), (0.02, 0.0025)]
+    (only,) = PurifyConfig.paper().attacks
+    assert isinstance(only, PGDConfig)
+    assert only.eps == PGDConfig().eps and only.window is None
 
 
 def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is() -> None:
     config = PurifyConfig(pgd=PGDConfig(norm="l2", eps=2.0, steps=7), eps_factors=(1.0,), patch_windows=(0.5, 0.2))
-    whole, *patches = config.attacks
-    assert (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
-    assert [a.window for a in patches] == [0.5, 0.2]
-    assert {(a.norm, a.eps, a.steps) for a in patches} == {("linf", 1.0, 7)}
+    whole, *patches, waves = config.attacks
+    assert isinstance(whole, PGDConfig) and (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
+    assert tuple(patches) == config.patch_attacks and waves == WaveConfig(amplitude=config.wave_amplitude)
+    assert [a.window for a in config.patch_attacks] == [0.5, 0.2]
+    assert {(a.norm, a.eps, a.steps) for a in config.patch_attacks} == {("linf", 1.0, 7)}
 
 
 @pytest.mark.parametrize(

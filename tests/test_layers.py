@@ -17,7 +17,7 @@ LAYERS = (
     ("kernels", "config"),
     ("engine", "torchvision_compat", "baselines"),
     ("data", "models", "triggers"),
-    ("calibration", "poison", "pgd", "metrics"),
+    ("calibration", "poison", "pgd", "waves", "metrics"),
     ("attacker",),
     ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
