@@ -202,9 +202,10 @@ class PurifyConfig:
         "sides of further turns of step 1b, as shares of the image's: they change one random window of each image, and "
         "that at will, which is the way to a patch (none: no such turns)",
     )
-    wave_amplitude: float = option(
-        0.2,
-        "a further turn of step 1b: random plane waves of this amplitude, in pixel units of [0, 1] (0: none)",
+    wave_amplitudes: tuple[float, ...] = option(
+        (0.2, 0.2),
+        "further turns of step 1b: random plane waves of these amplitudes, in pixel units of [0, 1], the way to a "
+        "trigger that is spread over all pixels (none: no such turns)",
     )
     adversarial_steps: int = option(100, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
@@ -234,7 +235,8 @@ class PurifyConfig:
             self.eps_factors,
             "each above 0, at least one",
         )
-        _check(0 <= self.wave_amplitude < math.inf, "wave_amplitude", self.wave_amplitude, "0 or more")
+        finite = all(0 < a < math.inf for a in self.wave_amplitudes)
+        _check(finite, "wave_amplitudes", self.wave_amplitudes, "each above 0")
         sides = all(0 < w <= 1 for w in self.patch_windows)
         _check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
         _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
@@ -248,14 +250,14 @@ class PurifyConfig:
     def paper(cls) -> PurifyConfig:
         """Algorithm 1 to the letter: one eps, no distillation, no clean images in step 1b, a random first extra set."""
         plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
-        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), wave_amplitude=0.0, initial="random")
+        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), wave_amplitudes=(), initial="random")
 
     @property
     def attacks(self) -> tuple[PGDConfig | WaveConfig, ...]:
-        """Step 1a, once for each of ``eps_factors`` and of ``patch_windows``, and the waves."""
+        """Step 1a, once for each of ``eps_factors``, of ``patch_windows`` and of ``wave_amplitudes``."""
         pgd = self.pgd
         whole = [dataclasses.replace(pgd, eps=pgd.eps * f, alpha=pgd.step_size * f) for f in self.eps_factors]
-        waves = [WaveConfig(amplitude=self.wave_amplitude)] if self.wave_amplitude > 0 else []
+        waves = [WaveConfig(amplitude=amplitude) for amplitude in self.wave_amplitudes]
         return (*whole, *self.patch_attacks, *waves)
 
     @property

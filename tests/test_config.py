@@ -44,8 +44,8 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"eps_factors": (1.0, 0.0)}),
     (PurifyConfig, {"patch_windows": (0.0,)}),
     (PurifyConfig, {"patch_windows": (0.25, 1.5)}),
-    (PurifyConfig, {"wave_amplitude": -0.1}),
-    (PurifyConfig, {"wave_amplitude": math.inf}),
+    (PurifyConfig, {"wave_amplitudes": (0.1, 0.0)}),
+    (PurifyConfig, {"wave_amplitudes": (math.inf,)}),
     (WaveConfig, {"amplitude": 0.0}),
     (WaveConfig, {"max_cycles": 0.0}),
     (PurifyConfig, {"fractions": ()}),
@@ -121,11 +121,16 @@ def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> Non
     assert only.eps == PGDConfig().eps and only.window is None
 
 
-def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is() -> None:
-    config = PurifyConfig(pgd=PGDConfig(norm="l2", eps=2.0, steps=7), eps_factors=(1.0,), patch_windows=(0.5, 0.2))
-    whole, *patches, waves = config.attacks
+def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_waves() -> None:
+    config = PurifyConfig(
+        pgd=PGDConfig(norm="l2", eps=2.0, steps=7),
+        eps_factors=(1.0,),
+        patch_windows=(0.5, 0.2),
+        wave_amplitudes=(0.3, 0.1),
+    )
+    whole, *others = config.attacks
     assert isinstance(whole, PGDConfig) and (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
-    assert tuple(patches) == config.patch_attacks and waves == WaveConfig(amplitude=config.wave_amplitude)
+    assert tuple(others) == (*config.patch_attacks, WaveConfig(amplitude=0.3), WaveConfig(amplitude=0.1))
     assert [a.window for a in config.patch_attacks] == [0.5, 0.2]
     assert {(a.norm, a.eps, a.steps) for a in config.patch_attacks} == {("linf", 1.0, 7)}
 
