@@ -19,6 +19,16 @@ from torch import Tensor
 _DECADES = (-1.0, 3.0)
 LEAST_REPRESENTED = 0.5
 
+# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`.
+CONCENTRATION = {
+    ("all_to_all", "beyond"): 9.42,
+    ("all_to_all", "most"): 5.40,
+    ("all_to_all", "quarter"): 4.40,
+    ("all_to_one", "beyond"): 1.16,
+    ("all_to_one", "most"): 2.65,
+    ("all_to_one", "quarter"): 2.74,
+}
+
 
 @dataclass(frozen=True)
 class Largest:
