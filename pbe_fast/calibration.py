@@ -23,9 +23,13 @@ LEAST_REPRESENTED = 0.5
 CONCENTRATION = {
     ("all_to_all", "beyond"): 9.42,
     ("all_to_all", "most"): 5.40,
+    ("all_to_all", "patch 1/4"): 5.12,
+    ("all_to_all", "patch 1/8"): 3.64,
     ("all_to_all", "quarter"): 4.40,
     ("all_to_one", "beyond"): 1.16,
     ("all_to_one", "most"): 2.65,
+    ("all_to_one", "patch 1/4"): 0.88,
+    ("all_to_one", "patch 1/8"): 3.17,
     ("all_to_one", "quarter"): 2.74,
 }
 

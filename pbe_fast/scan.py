@@ -18,6 +18,7 @@ from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
 from pbe_fast.models import check_model
+from pbe_fast.pgd import window_side
 from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious
 
 __all__ = ["ScanLevel", "ScanResult", "most_suspicious", "scan"]
@@ -25,6 +26,8 @@ __all__ = ["ScanLevel", "ScanResult", "most_suspicious", "scan"]
 # Which radii are tested: the first that moves a quarter of the images (the way to a faint trigger is the shortest), the
 # first that moves most of them, and the first of twice that size (a trigger that changes every pixel takes more).
 LEVELS = ("quarter", "most", "beyond")
+# What a patch takes: all that a window of its size can hold, by the window's share of the side.
+PATCH_LEVELS = {0.125: "patch 1/8", 0.25: "patch 1/4"}
 _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 
 
@@ -38,7 +41,7 @@ def scan(
     precision: str = "auto",
     progress: bool = True,
 ) -> ScanResult:
-    """Look for a backdoor: attack images at several radii, and see where they end up.
+    """Look for a backdoor: attack images at several radii, and in windows at will, and see where they end up.
 
     A benign model's adversarial images spread over the labels, if unevenly; those of an infected one tend to the label
     that the trigger leads to (all-to-one), or each label's to the label s further on (all-to-all).
@@ -47,15 +50,15 @@ def scan(
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]. It is not changed.
         images: Clean images or training images, with their labels, in any form that `as_image_set` takes. Those that
             the model answers with another label are left out; a few hundred are enough.
-        config: The attack, the radii, the significance.
-        seed: Of the draw of images.
+        config: The attack, the radii and windows, the significance.
+        seed: Of the draw of images and windows.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "fp32" or "bf16".
         progress: Whether steps longer than two seconds show a bar, on stderr.
 
     Raises:
-        InputError: Fewer than three classes, a model that does not fit the images, images that it answers rightly of
-            fewer than half of the classes, or radii too small to move a quarter of them.
+        InputError: A seed that is none, fewer than three classes, a model that does not fit the images, images that it
+            answers rightly of fewer than half of the classes, or radii too small to move a quarter of them.
     """
     config = config or ScanConfig()
     check_kind(config, ScanConfig)
@@ -80,7 +83,8 @@ def scan(
                 got=f"some that the model answers rightly of {labels} of {data.num_classes} classes",
                 accepted="of half of the classes at least",
             )
-        levels = _attack(scanned, sample, config, generator=generator, dtype=dtype, progress=progress)
+        radii = _attack(scanned, sample, config, generator=generator, dtype=dtype, progress=progress)
+        levels = (*radii, *_patches(scanned, sample, config, generator=generator, dtype=dtype, progress=progress))
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"
     at = int(level.shares(setting).argmax())
@@ -165,4 +169,31 @@ def _attack(
             got=f"{100 * levels[-1].moved:.0f} % moved at eps {config.eps[-1]:.3g}",
             accepted="larger eps",
         )
+    return tuple(levels)
+
+
+def _patches(
+    model: nn.Module,
+    sample: ImageSet,
+    config: ScanConfig,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    progress: bool,
+) -> tuple[ScanLevel, ...]:
+    """The windows, which need no search: their size is the patch's, whatever the model withstands."""
+    # In small images two windows may be the same one: it is tested once, as the larger, which is the more cautious.
+    windows = {window_side(share, sample.image_shape): share for share in config.patch_windows}
+    levels = []
+    for share in windows.values():
+        counts = reached_labels(
+            model,
+            sample,
+            PGDConfig(eps=1.0, alpha=0.25, window=share, steps=config.steps),
+            generator=generator,
+            dtype=dtype,
+            desc=f"attacking windows, {share:.3g} of the side",
+            show_progress=progress,
+        )
+        levels.append(ScanLevel(PATCH_LEVELS[share], 1.0, counts, share))
     return tuple(levels)

@@ -18,22 +18,26 @@ from pbe_fast.engine.machine import describe
 from pbe_fast.result import plain, write_report
 
 FIGURE_NAME = "scan.png"
+_SIDES = {0.125: "an eighth", 0.25: "a quarter"}
 _SHARES: dict[str, Callable[[Tensor], Tensor]] = {"all_to_one": arrival_shares, "all_to_all": shift_shares}
 
 
 @dataclass(frozen=True, eq=False)
 class ScanLevel:
-    """The attack at one radius.
+    """The attack at one radius, or in windows of one size.
 
     Attributes:
-        name: "quarter", "most" or "beyond"; None for a radius that was only tried.
-        eps: The radius.
+        name: Of its calibration: "quarter", "most", "beyond", "patch 1/8" or "patch 1/4"; None for a radius that was
+            only tried.
+        eps: The radius; 1, whatever the norm, in windows.
         counts: (K, K) int64: images by their label (row) and the label reached (column); the diagonal withstood.
+        window: Side of the windows as a share of the image's shorter side; None where all of the image is attacked.
     """
 
     name: str | None
     eps: float
     counts: Tensor
+    window: float | None = None
 
     @property
     def moved(self) -> float:
@@ -83,6 +87,7 @@ class ScanLevel:
         return {
             "level": self.name,
             "eps": self.eps,
+            "window": self.window,
             "moved": self.moved,
             "histogram": self.histogram.tolist(),
             "counts": self.counts.tolist(),
@@ -101,8 +106,8 @@ class ScanResult:
         score: How many times its even share the most suspicious label or shift attracts; about 2 for a benign model.
         p_value: How often a benign model looks as suspicious, over all levels and both settings (Bonferroni).
         setting: The setting that was the more suspicious one, whatever the verdict.
-        level: The radius at which it was.
-        levels: Every radius that was tried, rising.
+        level: The radius or the windows at which it was.
+        levels: Every radius that was tried, rising, and then the windows.
         class_names: Of the K labels.
         config: The options of the scan.
         images: How many were attacked.
@@ -133,13 +138,12 @@ class ScanResult:
 
     @property
     def matrix(self) -> Tensor:
-        """(K, K) int64: the counts at the most suspicious radius."""
+        """(K, K) int64: the counts at the most suspicious radius, or in those windows."""
         return self.level.counts
 
     def summary(self) -> str:
         """The finding in one line."""
-        where = f"eps {255 * self.level.eps:.3g}/255" if self.config.norm == "linf" else f"l2 eps {self.level.eps:.3g}"
-        measured = f"{self.score:.1f} times its even share at {where}, p = {self.p_value:.2g}"
+        measured = f"{self.score:.1f} times its even share {self._where()}, p = {self.p_value:.2g}"
         if self.verdict == "all_to_one":
             assert self.target_label is not None
             name = self.class_names[self.target_label]
@@ -148,6 +152,12 @@ class ScanResult:
         if self.verdict == "all_to_all":
             return f"backdoor, all-to-all: y -> y + {self.shift} has {measured}"
         return f"no backdoor found: nothing has more than {measured}"
+
+    def _where(self) -> str:
+        window, eps = self.level.window, self.level.eps
+        if window is not None:
+            return f"in a window of {_SIDES.get(window, f'{window:.3g}')} of the side"
+        return f"at eps {255 * eps:.3g}/255" if self.config.norm == "linf" else f"at l2 eps {eps:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: what ``report.json`` says of the scan."""
@@ -160,6 +170,7 @@ class ScanResult:
             "setting": self.setting,
             "level": self.level.name,
             "eps": self.level.eps,
+            "window": self.level.window,
             "images": self.images,
             "class_names": list(self.class_names),
             "levels": [level.to_dict() for level in self.levels],
@@ -196,7 +207,7 @@ class ScanResult:
         return out
 
     def _critical(self, setting: str) -> float:
-        """The share at the most suspicious radius from which on a backdoor is reported."""
+        """The share at the most suspicious level from which on a backdoor is reported."""
         assert self.level.name is not None
         each = self.config.significance / _tests(self.levels)
         return self.level.largest(setting).critical(each, CONCENTRATION[setting, self.level.name])

@@ -126,7 +126,7 @@ def run(only: str | None = None) -> None:
             continue
         model, test, metrics = train(cell)
         found = scan(model, test, seed=cell.seed, precision="fp32", progress=False)
-        levels = [{"name": v.name, "eps": v.eps, "counts": v.counts.tolist()} for v in found.levels]
+        levels = [{"name": v.name, "eps": v.eps, "window": v.window, "counts": v.counts.tolist()} for v in found.levels]
         line = {
             "cell": asdict(cell),
             "acc": metrics["acc"],
@@ -148,7 +148,7 @@ def read() -> list[dict[str, Any]]:
 
 def levels_of(entry: Mapping[str, Any]) -> tuple[ScanLevel, ...]:
     """The counts of one model as `scan` made them."""
-    return tuple(ScanLevel(v["name"], v["eps"], torch.tensor(v["counts"])) for v in entry["levels"])
+    return tuple(ScanLevel(v["name"], v["eps"], torch.tensor(v["counts"]), v["window"]) for v in entry["levels"])
 
 
 def fit() -> dict[tuple[str, str], float]:
