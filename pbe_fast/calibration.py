@@ -29,7 +29,7 @@ CONCENTRATION = {
     ("all_to_one", "beyond"): 1.16,
     ("all_to_one", "most"): 2.65,
     ("all_to_one", "patch 1/4"): 0.88,
-    ("all_to_one", "patch 1/8"): 3.17,
+    ("all_to_one", "patch 1/8"): 2.83,
     ("all_to_one", "quarter"): 2.74,
 }
 
