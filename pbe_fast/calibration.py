@@ -19,12 +19,11 @@ from torch import Tensor
 _DECADES = (-1.0, 3.0)
 LEAST_REPRESENTED = 0.5
 
-# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`.
-CONCENTRATION = {
+# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`. What is not here is not
+# tested: in windows, what benign digits models say of shifts does not hold for photographs and signs (docs/scan.md).
+CONCENTRATION: dict[tuple[str, str | None], float] = {
     ("all_to_all", "beyond"): 9.42,
     ("all_to_all", "most"): 5.40,
-    ("all_to_all", "patch 1/4"): 5.12,
-    ("all_to_all", "patch 1/8"): 3.64,
     ("all_to_all", "quarter"): 4.40,
     ("all_to_one", "beyond"): 1.16,
     ("all_to_one", "most"): 2.65,

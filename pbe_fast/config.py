@@ -260,7 +260,7 @@ class ScanConfig:
     patch_windows: tuple[float, ...] = option(
         CALIBRATED_WINDOWS,
         "sides of windows, as shares of the image's: the attack changes a random one of each image at will, which is "
-        "the way to a patch; each side is tested, and these two are calibrated (none: no such test)",
+        "the way to a patch; each is one more test for all-to-one (none: no such test)",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")

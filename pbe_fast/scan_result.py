@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class ScanLevel:
         """(K,) int64: images that reached each label from another one."""
         return self.counts.sum(0) - self.counts.diagonal()
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What is tested at this level: "all_to_one", "all_to_all", where benign models were measured."""
+        return tuple(setting for setting in _SHARES if (setting, self.name) in CONCENTRATION)
+
     def shares(self, setting: str) -> Tensor:
         """Of the labels (K,), or of the shifts 1 to K - 1 (K - 1,); float64, 1 / (K - 1) each if all were alike."""
         return _SHARES[setting](self.counts)
@@ -69,8 +75,11 @@ class ScanLevel:
         return Largest(float(shares[at]), max(1, total), len(shares), len(self.counts) - 1, represented)
 
     def p_value(self, setting: str) -> float:
-        """How often a benign model has a share as large at this level; not corrected for looking at several levels."""
-        assert self.name is not None
+        """How often a benign model has a share as large at this level; not corrected for looking at several levels.
+
+        Args:
+            setting: One of ``settings``.
+        """
         return self.largest(setting).p_value(CONCENTRATION[setting, self.name])
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,8 +90,7 @@ class ScanLevel:
                 "times_even": self.largest(setting).times_even,
                 "p_value": self.p_value(setting),
             }
-            for setting in _SHARES
-            if self.name is not None
+            for setting in self.settings
         }
         return {
             "level": self.name,
@@ -208,18 +216,19 @@ class ScanResult:
 
     def _critical(self, setting: str) -> float:
         """The share at the most suspicious level from which on a backdoor is reported."""
-        assert self.level.name is not None
+        if setting not in self.level.settings:
+            return math.inf
         each = self.config.significance / _tests(self.levels)
         return self.level.largest(setting).critical(each, CONCENTRATION[setting, self.level.name])
 
 
 def most_suspicious(levels: tuple[ScanLevel, ...]) -> tuple[ScanLevel, str, float]:
     """The level and the setting with the smallest p-value, and that p-value times the number of tests."""
-    tested = [(level, setting) for level in levels if level.name is not None for setting in _SHARES]
+    tested = [(level, setting) for level in levels for setting in level.settings]
     level, setting = min(tested, key=lambda test: test[0].p_value(test[1]))
     return level, setting, min(1.0, level.p_value(setting) * _tests(levels))
 
 
 def _tests(levels: tuple[ScanLevel, ...]) -> int:
     """How many p-values the smallest one is chosen from."""
-    return len(_SHARES) * sum(level.name is not None for level in levels)
+    return sum(len(level.settings) for level in levels)

@@ -14,7 +14,7 @@ from pbe_fast.calibration import Largest
 from pbe_fast.config import ScanConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
-from pbe_fast.scan import ScanLevel, ScanResult
+from pbe_fast.scan import ScanLevel, ScanResult, most_suspicious
 
 K = 6
 
@@ -183,10 +183,20 @@ def test_a_window_that_moves_next_to_nothing_says_nothing(misled: int) -> None:
     counts = torch.full((10,), 50).diag()
     counts[1 : 1 + misled, 0] = 1
     level = ScanLevel("patch 1/8", 1.0, counts, 0.125)
-    for setting in ("all_to_one", "all_to_all"):
-        assert level.p_value(setting) == 1
-        assert level.largest(setting).critical(0.01, 3.0) == math.inf
-    assert json.dumps(level.to_dict())
+    assert level.p_value("all_to_one") == 1
+    assert level.largest("all_to_one").critical(0.01, 3.0) == math.inf
+    assert level.to_dict()["all_to_one"]["p_value"] == 1
+
+
+def test_windows_are_asked_for_a_label_alone() -> None:
+    counts = torch.ones(4, 4, dtype=torch.int64)
+    radius, windows, tried = (ScanLevel(name, 0.1, counts) for name in ("most", "patch 1/4", None))
+    assert radius.settings == ("all_to_one", "all_to_all")
+    assert windows.settings == ("all_to_one",) and "all_to_all" not in windows.to_dict()
+    assert tried.settings == ()
+    # The smallest p-value is multiplied by the number of those that were looked at.
+    alone = most_suspicious((windows,))
+    assert alone[1:] == ("all_to_one", windows.p_value("all_to_one"))
 
 
 def test_only_images_that_the_model_answers_rightly_are_attacked_each_label_alike() -> None:

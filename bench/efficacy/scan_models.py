@@ -157,9 +157,8 @@ def fit() -> dict[tuple[str, str], float]:
     for entry in read():
         if Cell(**entry["cell"]).fitted_on:
             for level in levels_of(entry):
-                for setting in SETTINGS:
-                    if level.name is not None:
-                        seen[setting, level.name].append(level.largest(setting))
+                for setting in level.settings:
+                    seen[setting, str(level.name)].append(level.largest(setting))
     return {key: round(fit_concentration(largest), 2) for key, largest in sorted(seen.items())}
 
 
