@@ -19,8 +19,8 @@ from torch import Tensor
 _DECADES = (-1.0, 3.0)
 LEAST_REPRESENTED = 0.5
 
-# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`. What is not here is not
-# tested: in windows, what benign digits models say of shifts does not hold for photographs and signs (docs/scan.md).
+# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`. What is not here is
+# not tested: in windows, the shifts of benign digits models say nothing of photographs and signs (docs/scan.md).
 CONCENTRATION: dict[tuple[str, str | None], float] = {
     ("all_to_all", "beyond"): 9.42,
     ("all_to_all", "most"): 5.40,
