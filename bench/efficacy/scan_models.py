@@ -1,7 +1,7 @@
 """What `pbe_fast.scan` is calibrated on, and how well it does: small models, benign and infected, trained and scanned.
 
     python bench/efficacy/scan_models.py train [digits|cifar10|gtsrb]   # each model once, into scan-models.jsonl
-    python bench/efficacy/scan_models.py fit                            # the constants of pbe_fast/scan.py
+    python bench/efficacy/scan_models.py fit                            # the constants of calibration.py
     python bench/efficacy/scan_models.py table                          # what they give on every model
 
 The digits come with scikit-learn; the others are read from the folder that PBE_FAST_DATA names. A run that was stopped
