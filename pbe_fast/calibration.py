@@ -19,6 +19,19 @@ from torch import Tensor
 _DECADES = (-1.0, 3.0)
 LEAST_REPRESENTED = 0.5
 
+# Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`. What is not here is
+# not tested: in windows, the shifts of benign digits models say nothing of photographs and signs (docs/scan.md).
+CONCENTRATION: dict[tuple[str, str | None], float] = {
+    ("all_to_all", "beyond"): 9.42,
+    ("all_to_all", "most"): 5.40,
+    ("all_to_all", "quarter"): 4.40,
+    ("all_to_one", "beyond"): 1.16,
+    ("all_to_one", "most"): 2.65,
+    ("all_to_one", "patch 1/4"): 0.88,
+    ("all_to_one", "patch 1/8"): 2.83,
+    ("all_to_one", "quarter"): 2.74,
+}
+
 
 @dataclass(frozen=True)
 class Largest:

@@ -15,6 +15,8 @@ from typing import Any
 
 from pbe_fast.errors import InputError
 
+# Sides of windows that a scan is calibrated for, as shares of the image's.
+CALIBRATED_WINDOWS = (0.125, 0.25)
 AUGMENT_CHOICES = ("none", "crop", "crop+flip", "auto")
 
 
@@ -297,6 +299,11 @@ class ScanConfig:
         tuple(level / 255 for level in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
         "radii of the ball, rising; three of them are tested, by how many images they move",
     )
+    patch_windows: tuple[float, ...] = option(
+        CALIBRATED_WINDOWS,
+        "sides of windows, as shares of the image's: the attack changes a random one of each image at will, which is "
+        "the way to a patch; each is one more test for all-to-one (none: no such test)",
+    )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
     significance: float = option(0.01, "p-value below which a backdoor is reported")
@@ -306,6 +313,10 @@ class ScanConfig:
         _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
         _check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
         _check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
+        # Of other windows nobody knows how uneven benign models are.
+        known = [side for side in CALIBRATED_WINDOWS if side in self.patch_windows]
+        accepted = f"of {', '.join(map(str, CALIBRATED_WINDOWS))}, rising, or none"
+        _check(list(self.patch_windows) == known, "patch_windows", self.patch_windows, accepted)
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
         _check(self.images >= 1, "images", self.images, "1 or more")
         _check(0 < self.significance < 1, "significance", self.significance, "between 0 and 1")

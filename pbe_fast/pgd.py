@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,11 @@ def random_start(
     return torch.where(random_windows(images, image_ids, config.window, seed, restart), start, images)
 
 
+def window_side(share: float, image_shape: Sequence[int]) -> int:
+    """Pixels of a window's side; at least one."""
+    return max(1, round(share * min(image_shape[-2:])))
+
+
 def random_windows(
     images: Tensor, image_ids: Tensor, share: float, seed: int | Tensor, restart: int | Tensor = 0
 ) -> Tensor:
@@ -124,7 +129,7 @@ def random_windows(
     Returns:
         (B, 1, H, W) bool.
     """
-    side = max(1, round(share * min(images.shape[2:])))
+    side = window_side(share, images.shape[1:])
     words = random_words(image_ids, seed, _WINDOW_STREAM + restart, 2)
     inside = []
     for axis, size in enumerate(images.shape[2:]):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pbe_fast.calibration import Largest
 from pbe_fast.config import ScanConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
-from pbe_fast.scan import ScanLevel, ScanResult
+from pbe_fast.scan import ScanLevel, ScanResult, most_suspicious
 
 K = 6
 
@@ -130,13 +131,14 @@ def test_the_share_of_labels_that_vote() -> None:
 
 
 def test_the_radii_rise_until_one_is_beyond(to_one: ScanResult) -> None:
-    names = [level.name for level in to_one.levels]
+    radii = [level for level in to_one.levels if level.window is None]
+    names = [level.name for level in radii]
     assert [name for name in names if name] == [n for n in ("quarter", "most", "beyond") if n in names]
     assert names[-2:] == ["most", "beyond"]
-    eps = [level.eps for level in to_one.levels]
+    eps = [level.eps for level in radii]
     assert eps[:-1] == list(ScanConfig().eps[: len(eps) - 1])
     assert eps[-1] == min(e for e in ScanConfig().eps if e >= 2 * eps[-2])
-    for level in to_one.levels:
+    for level in radii:
         assert level.counts.sum() == to_one.images
         if level.name is None:
             assert level.moved < 0.75
@@ -145,6 +147,56 @@ def test_the_radii_rise_until_one_is_beyond(to_one: ScanResult) -> None:
         if level.name == "most":
             assert level.moved >= 0.75
     assert to_one.level in to_one.levels
+
+
+class Patch(Stripes):
+    """A saturated corner, which no small ball around an image holds, leads to ``target``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert self.target is not None
+        saturated = F.softplus(40 * (images[:, 0, 0, :1] - 0.9))
+        return Stripes.forward(Stripes(), images) + 20 * saturated * F.one_hot(torch.tensor(self.target), K)
+
+
+def test_a_patch_is_found_in_a_window() -> None:
+    without = _scan(Patch(target=2), patch_windows=())
+    assert without.verdict == "none" and all(level.window is None for level in without.levels)
+    found = _scan(Patch(target=2), patch_windows=(0.25,))
+    assert (found.verdict, found.target_label) == ("all_to_one", 2)
+    assert (found.level.name, found.level.window, found.level.eps) == ("patch 1/4", 0.25, 1.0)
+    assert "in a window of a quarter of the side" in found.summary()
+    report = found.to_dict()
+    assert report["window"] == 0.25
+    assert [level["window"] for level in report["levels"]] == [None] * len(without.levels) + [0.25]
+    # Windows come last: the radii draw the same numbers with them and without.
+    for ours, theirs in zip(found.levels, without.levels, strict=False):
+        assert torch.equal(ours.counts, theirs.counts)
+
+
+def test_windows_of_as_many_pixels_are_tested_once() -> None:
+    # Of four rows an eighth and a quarter are one pixel each.
+    assert [level.window for level in _scan(Stripes()).levels if level.window is not None] == [0.25]
+
+
+@pytest.mark.parametrize("misled", [0, 1, 4])
+def test_a_window_that_moves_next_to_nothing_says_nothing(misled: int) -> None:
+    counts = torch.full((10,), 50).diag()
+    counts[1 : 1 + misled, 0] = 1
+    level = ScanLevel("patch 1/8", 1.0, counts, 0.125)
+    assert level.p_value("all_to_one") == 1
+    assert level.largest("all_to_one").critical(0.01, 3.0) == math.inf
+    assert level.to_dict()["all_to_one"]["p_value"] == 1
+
+
+def test_windows_are_asked_for_a_label_alone() -> None:
+    counts = torch.ones(4, 4, dtype=torch.int64)
+    radius, windows, tried = (ScanLevel(name, 0.1, counts) for name in ("most", "patch 1/4", None))
+    assert radius.settings == ("all_to_one", "all_to_all")
+    assert windows.settings == ("all_to_one",) and "all_to_all" not in windows.to_dict()
+    assert tried.settings == ()
+    # The smallest p-value is multiplied by the number of those that were looked at.
+    alone = most_suspicious((windows,))
+    assert alone[1:] == ("all_to_one", windows.p_value("all_to_one"))
 
 
 def test_only_images_that_the_model_answers_rightly_are_attacked_each_label_alike() -> None:
@@ -179,9 +231,16 @@ def test_what_is_refused() -> None:
     wrong = ImageSet(_stripes().images, (_stripes().labels + 1) % K, tuple("abcdef"))
     with pytest.raises(InputError, match="none that the model answers"):
         pbe_fast.scan(Stripes(), wrong, device="cpu")
+    with pytest.raises(InputError, match="seed; got '1'; accepted: a whole number"):
+        pbe_fast.scan(Stripes(), _stripes(), seed="1", device="cpu")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a dict of options is ScanConfig"):
+        pbe_fast.scan(Stripes(), _stripes(), config={"images": 3}, device="cpu")  # type: ignore[arg-type]
     for options in ({"eps": (0.2, 0.1)}, {"eps": ()}, {"significance": 1.0}, {"images": 0}, {"norm": "l1"}):
         with pytest.raises(InputError, match=next(iter(options))):
             ScanConfig(**options)
+    for windows in ((0.25, 0.125), (0.125, 0.125), (0.2,), (0.0,), (0.5,), (math.nan,)):
+        with pytest.raises(InputError, match=r"option 'patch_windows'.*accepted: of 0\.125, 0\.25, rising, or none"):
+            ScanConfig(patch_windows=windows)
 
 
 def test_a_level_by_hand() -> None:

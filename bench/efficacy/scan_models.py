@@ -1,7 +1,7 @@
 """What `pbe_fast.scan` is calibrated on, and how well it does: small models, benign and infected, trained and scanned.
 
     python bench/efficacy/scan_models.py train [digits|cifar10|gtsrb]   # each model once, into scan-models.jsonl
-    python bench/efficacy/scan_models.py fit                            # the constants of pbe_fast/scan.py
+    python bench/efficacy/scan_models.py fit                            # the constants of calibration.py
     python bench/efficacy/scan_models.py table                          # what they give on every model
 
 The digits come with scikit-learn; the others are read from the folder that PBE_FAST_DATA names. A run that was stopped
@@ -126,7 +126,7 @@ def run(only: str | None = None) -> None:
             continue
         model, test, metrics = train(cell)
         found = scan(model, test, seed=cell.seed, precision="fp32", progress=False)
-        levels = [{"name": v.name, "eps": v.eps, "counts": v.counts.tolist()} for v in found.levels]
+        levels = [{"name": v.name, "eps": v.eps, "window": v.window, "counts": v.counts.tolist()} for v in found.levels]
         line = {
             "cell": asdict(cell),
             "acc": metrics["acc"],
@@ -148,7 +148,7 @@ def read() -> list[dict[str, Any]]:
 
 def levels_of(entry: Mapping[str, Any]) -> tuple[ScanLevel, ...]:
     """The counts of one model as `scan` made them."""
-    return tuple(ScanLevel(v["name"], v["eps"], torch.tensor(v["counts"])) for v in entry["levels"])
+    return tuple(ScanLevel(v["name"], v["eps"], torch.tensor(v["counts"]), v["window"]) for v in entry["levels"])
 
 
 def fit() -> dict[tuple[str, str], float]:
@@ -157,9 +157,8 @@ def fit() -> dict[tuple[str, str], float]:
     for entry in read():
         if Cell(**entry["cell"]).fitted_on:
             for level in levels_of(entry):
-                for setting in SETTINGS:
-                    if level.name is not None:
-                        seen[setting, level.name].append(level.largest(setting))
+                for setting in level.settings:
+                    seen[setting, str(level.name)].append(level.largest(setting))
     return {key: round(fit_concentration(largest), 2) for key, largest in sorted(seen.items())}
 
 

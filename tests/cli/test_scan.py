@@ -78,10 +78,20 @@ def test_a_benign_model_passes(args: tuple[object, ...]) -> None:
     assert result.stdout.startswith("no backdoor found")
 
 
+@pytest.mark.parametrize(("flag", "windows"), [("none", []), ("1/4", [0.25])])
+def test_windows_are_an_option(flag: str, windows: list[float], args: tuple[object, ...]) -> None:
+    result = run(*args, "--arch", "columns_net:benign", "--patch-windows", flag, "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    scan = json.loads(result.stdout)["scan"]
+    assert scan["config"]["patch_windows"] == windows
+    assert [level["window"] for level in scan["levels"] if level["window"] is not None] == windows
+
+
 def test_bad_input_has_an_exit_code_of_its_own(args: tuple[object, ...], tmp_path: Path) -> None:
     for more, message in (
         (("--eps", "1e-6"), "accepted: larger eps"),
         (("--eps", "0.2,0.1"), "option 'eps'"),
+        (("--patch-windows", "0.3"), "option 'patch_windows'"),
         (("--data", tmp_path / "nowhere.npz"), "nowhere.npz"),
     ):
         result = run(*args, "--arch", "columns_net:infected", *more, "--fail-on-backdoor")
