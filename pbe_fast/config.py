@@ -209,7 +209,7 @@ class PurifyConfig:
         "further turns of step 1b: random plane waves of these amplitudes, in pixel units of [0, 1], the way to a "
         "trigger that is spread over all pixels (none: no such turns)",
     )
-    adversarial_steps: int = option(100, "updates of step 1b in each round")
+    adversarial_steps: int = option(140, "updates of step 1b in each round")
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
     fractions: tuple[float, ...] = option(

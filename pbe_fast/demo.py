@@ -142,9 +142,10 @@ def attack_config(attack: str, epochs: int) -> AttackConfig:
 
 
 def config_without_clean(config: PurifyConfig) -> PurifyConfig:
-    """Twice the updates of step 1b: after 100 it is chance whether a first set of 130 digits has erased the trigger.
+    """Twice the updates of step 1b: it may be chance whether a first set of 130 digits has erased the trigger.
 
-    With seed 0 one thread ended at an attack success rate of 0.6 %, two, which only round differently, at 31.3 %.
+    After 100 updates, three sizes of eps in turn, seed 0 ended at an attack success rate of 0.6 % on one thread, and at
+    31.3 % on two, which only round differently.
     """
     return dataclasses.replace(config, adversarial_steps=2 * config.adversarial_steps)
 

@@ -43,6 +43,8 @@ def test_whole_run(benchmark: BenchmarkFixture, kind: str, goal: float) -> None:
         fractions=FRACTIONS,
         initial="random",
         eps_factors=(1.0,),
+        patch_windows=(),
+        wave_amplitudes=(),
     )
 
     def run(config: PurifyConfig) -> float:

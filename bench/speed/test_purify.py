@@ -179,7 +179,8 @@ def work_in_forwards(kind: str) -> float:
     """
     config = CONFIGS[kind]
     tuning, batch = config.finetune, config.finetune.batch_size
-    adversarial = config.adversarial_steps * batch * (2 * config.pgd.steps + 3 * (1 + tuning.mix_clean))
+    passes = statistics.fmean(attack.passes for attack in config.attacks)
+    adversarial = config.adversarial_steps * batch * (passes + 3 * (1 + tuning.mix_clean))
 
     def clean_steps(size: float) -> int:
         return max(config.clean_steps, config.clean_epochs * -(-int(size) // batch))
