@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfi
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.streaming import stream
-from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
 from pbe_fast.poison import triggered_test_set
@@ -390,125 +388,6 @@ def test_a_pair_of_arrays_will_do_and_takes_the_classes_of_the_training_set(infe
     pair = (clean.images[some].numpy(), clean.labels[some].numpy())
     result = run(infected.model, infected.train_data, pair)
     assert result.history[0]["extra_set_size"] == 20
-
-
-# Errors
-
-
-class Pair(nn.Module):
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return images.mean((1, 2, 3)), images
-
-
-def test_no_data(infected: InfectedModel) -> None:
-    with pytest.raises(InputError, match="no data; got neither train_data nor clean_data; accepted: either or both"):
-        run(infected.model)
-
-
-def test_sets_of_different_shapes(infected: InfectedModel) -> None:
-    images = torch.zeros(4, 1, 9, 9, dtype=torch.uint8)
-    with pytest.raises(InputError, match=r"clean images of another shape.*got \(1, 9, 9\); accepted: \(1, 8, 8\)"):
-        run(infected.model, infected.train_data, (images, torch.tensor([0, 1, 2, 3])))
-
-
-def test_clean_labels_that_the_training_set_does_not_have(infected: InfectedModel) -> None:
-    with pytest.raises(InputError, match="labels"):
-        run(infected.model, infected.train_data, (torch.zeros(2, *SHAPE, dtype=torch.uint8), torch.tensor([0, 4])))
-
-
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (Pair(), "output of the model; got tuple of 2"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "fewer logits than the data has classes; got 3 logits"),
-        (nn.Conv2d(1, 4, 3), "output of the model; got torch.float32 of shape"),
-        (nn.Linear(5, 4), "forward pass fails"),
-        (network().state_dict(), "model; got OrderedDict"),
-    ],
-)
-def test_models_that_cannot_be_used(model: Any, text: str) -> None:
-    for train, clean in ((quarters(), None), (None, quarters())):
-        with pytest.raises(InputError, match=text):
-            run(model, train, clean)
-
-
-class Uncopied(nn.Sequential):
-    def __deepcopy__(self, memo: object) -> nn.Module:
-        raise TypeError("cannot pickle a lock")
-
-
-def test_models_that_cannot_be_trained(infected: InfectedModel) -> None:
-    images = torch.rand(2, *SHAPE)
-    cases: list[tuple[nn.Module, str]] = [
-        (nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(4)), "got Sequential without parameters"),
-        (torch.jit.trace(infected.model.eval(), images), "got a TorchScript model"),
-        (Uncopied(nn.Flatten(), nn.Linear(64, 4)), r"cannot be copied .*Uncopied; got TypeError: cannot pickle a lock"),
-    ]
-    for model, text in cases:
-        for train, clean in ((quarters(), None), (None, quarters())):
-            with pytest.raises(InputError, match=text):
-                run(model, train, clean)
-
-
-def test_one_image_is_too_few_for_batch_normalisation(infected: InfectedModel) -> None:
-    with pytest.raises(InputError, match="number of clean images; got 1; accepted: 2 or more"):
-        run(infected.model, None, quarters(1))
-    with pytest.raises(InputError, match="images that the smallest fraction makes; got 1; accepted: 2 or more"):
-        run(infected.model, quarters(), fractions=(0.3, 0.005))
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    assert run(plain, None, quarters(1)).history[0]["extra_set_size"] == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"config": PGDConfig()}, "config; got PGDConfig; accepted: a PurifyConfig"),
-        (
-            {"config": {"fractions": (0.1,)}},
-            r"config; got dict; accepted: a PurifyConfig; .*\(\*\*options\)",
-        ),
-        ({"config": {}}, "config; got dict"),
-        ({"seed": 2**70}, f"seed; got {2**70}; accepted: a whole number from -2"),
-        ({"seed": 1.5}, r"seed; got 1\.5"),
-        ({"seed": True}, "seed; got True"),
-    ],
-)
-def test_options_of_another_kind(infected: InfectedModel, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(InputError, match=text):
-        purify(infected.model, infected.train_data, progress=False, **options)
-    with pytest.raises(InputError, match=text.replace("PurifyConfig", "AttackConfig")):
-        train_infected(infected.model, quarters(), progress=False, **options)
-
-
-@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("with_clean_set", [False, True])
-def test_gradients_are_on_inside_wherever_it_is_called(
-    infected: InfectedModel, switched_off: Callable[[], Any], with_clean_set: bool
-) -> None:
-    expected = run(infected.model, infected.train_data, quarters(40, seed=1) if with_clean_set else None)
-    with switched_off():
-        # Images that were made inside have no gradients for good.
-        result = run(infected.model, infected.train_data, quarters(40, seed=1) if with_clean_set else None)
-        assert not torch.is_grad_enabled()
-    assert torch.equal(logits(result.model), logits(expected.model))
-    assert [p.requires_grad for p in result.model.parameters()] == [True] * 6
-    result.model(torch.rand(2, *SHAPE)).sum().backward()
-
-
-def test_logits_that_stand_for_no_class_are_told(infected: InfectedModel) -> None:
-    few = ImageSet(quarters().images, torch.arange(160) % 3, tuple("abc"))
-    with pytest.warns(PBEWarning, match="the data has 3 classes and the model 4 logits"):
-        run(infected.model, few)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(infected.model, quarters())
-
-
-def test_a_device_and_a_precision_that_are_not_there(infected: InfectedModel) -> None:
-    with pytest.raises(InputError, match="device; got 'tpu'"):
-        purify(infected.model, infected.train_data, device="tpu", progress=False)
-    with pytest.raises(InputError, match="precision; got 'fp8'"):
-        purify(infected.model, infected.train_data, precision="fp8", device="cpu", progress=False)
 
 
 # Whether it works
