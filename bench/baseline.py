@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from pbe_fast.attraction import attracting_labels
+from pbe_fast.attraction import LARGEST_WINDOW, attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
@@ -275,7 +275,8 @@ def attack_counts_plainly(
     model: nn.Module, data: ImageSet, config: PurifyConfig, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     """`pbe_fast.attraction.attack_counts`, with torchattacks and a model that runs in eager float32."""
-    pgd, patches = config.pgd, config.patch_attacks
+    pgd = config.pgd
+    patches = [patch for patch in config.patch_attacks if (patch.window or 1) <= LARGEST_WINDOW]
     sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * SAMPLE])
     right = logits_of(model, sample, device).argmax(1) == sample.labels
     if not right.any():

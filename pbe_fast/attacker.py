@@ -7,7 +7,8 @@ import math
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +40,10 @@ class _Batch:
     adversarial: Tensor
     model_input: Tensor
     fooled: Tensor
-    windows: Tensor | None
+    windows: Tensor | None = None
 
     @classmethod
-    def empty(
-        cls,
-        rows: int,
-        shape: tuple[int, ...],
-        device: torch.device,
-        input_dtype: torch.dtype | None,
-        *,
-        windows: bool = False,
-    ) -> _Batch:
+    def empty(cls, rows: int, shape: tuple[int, ...], device: torch.device, input_dtype: torch.dtype | None) -> _Batch:
         def pictures(dtype: torch.dtype = torch.float32) -> Tensor:
             zeros = torch.zeros((rows, *shape), dtype=dtype, device=device)
             return zeros.contiguous(memory_format=torch.channels_last)
@@ -58,8 +51,7 @@ class _Batch:
         images, adversarial = pictures(), pictures()
         labels, ids = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         model_input = adversarial if input_dtype is None else pictures(input_dtype)
-        where = torch.zeros((rows, 1, *shape[1:]), dtype=torch.bool, device=device) if windows else None
-        return cls(images, labels, ids, adversarial, model_input, labels.bool(), where)
+        return cls(images, labels, ids, adversarial, model_input, labels.bool())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,6 +83,9 @@ class PGD:
         dtype: Of the matrix products; the images stay in float32.
         seed: Of the random starts and windows.
         planned: Images that will be attacked in the whole run, where that is known.
+        beside: Another attack on the same model, with images, batches and dtype of the same kind: one copy and one set
+            of buffers serve both, which never run at the same time.
+        pool: As for `Replay`.
     """
 
     def __init__(
@@ -103,6 +98,8 @@ class PGD:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         planned: int = 0,
+        beside: PGD | None = None,
+        pool: Any = None,
     ) -> None:
         self.config = config
         self.image_shape = tuple(image_shape)
@@ -110,7 +107,8 @@ class PGD:
         self._planned = planned
         self._calls = 0
         net, self._mean, self._std = _apart(model)
-        self._copy = FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
+        self._pool = pool
+        self._copy: FrozenCopy = beside._copy if beside else FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
         self._forward: Forward = self._copy
         device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
         self._device = device
@@ -118,7 +116,11 @@ class PGD:
         self._fixed = device.type == "cuda"
         rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
         input_dtype = dtype if self._mean is not None else None
-        self._batch = _Batch.empty(rows, self.image_shape, device, input_dtype, windows=config.window is not None)
+        self._batch: _Batch = beside._batch if beside else _Batch.empty(rows, self.image_shape, device, input_dtype)
+        windows = None
+        if config.window is not None:
+            windows = torch.zeros((rows, 1, *self.image_shape[1:]), dtype=torch.bool, device=device)
+        self._batch = replace(self._batch, windows=windows)
         self._key, self._restart = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._make_replays()
         if config.compile == "on":
@@ -307,8 +309,8 @@ class PGD:
     def _make_replays(self) -> None:
         # No cycle: what the object holds goes with it, not when the garbage collector comes by.
         own = weakref.proxy(self)
-        self._run_all = Replay(lambda: own._run(own._batch), self._device)
-        self._step_all = Replay(lambda: own._step(own._batch), self._device)
+        self._run_all = Replay(lambda: own._run(own._batch), self._device, pool=self._pool)
+        self._step_all = Replay(lambda: own._step(own._batch), self._device, pool=self._pool)
 
     def _compile(self) -> None:
         def try_out(forward: Forward) -> None:

@@ -90,7 +90,7 @@ class PGDConfig:
         None, "change one random window of each image, of this share of its shorter side, instead of all of it"
     )
     random_start: bool = option(False, "start at a random point of the ball")
-    restarts: int = option(1, "random starts per image; the one that reaches the highest loss counts")
+    restarts: int = option(1, "random starts or windows per image; the one that reaches the highest loss counts")
     early_stop: bool = option(False, "leave an image alone as soon as it is misclassified")
     compile: str = option("auto", "compile the attacked network; auto: if the work pays for it", ("auto", "on", "off"))
 
@@ -209,7 +209,9 @@ class PurifyConfig:
         "further turns of step 1b: random plane waves of these amplitudes, in pixel units of [0, 1], the way to a "
         "trigger that is spread over all pixels (none: no such turns)",
     )
-    adversarial_steps: int = option(140, "updates of step 1b in each round")
+    adversarial_steps: int = option(
+        140, "updates of step 1b in each round, which its turns share; fewer than there are turns leave some out"
+    )
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
     fractions: tuple[float, ...] = option(
@@ -250,9 +252,13 @@ class PurifyConfig:
 
     @classmethod
     def paper(cls) -> PurifyConfig:
-        """Algorithm 1 to the letter: one eps, no distillation, no clean images in step 1b, a random first extra set."""
+        """Algorithm 1 to the letter: one eps and no other turns, no distillation or clean images in step 1b, a random
+        first extra set.
+        """
         plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
-        return cls(finetune=plain, eps_factors=(1.0,), patch_windows=(), wave_amplitudes=(), initial="random")
+        # The updates of its one turn, as they were before there were others.
+        no_turns: dict[str, Any] = {"patch_windows": (), "wave_amplitudes": (), "adversarial_steps": 100}
+        return cls(finetune=plain, eps_factors=(1.0,), initial="random", **no_turns)
 
     @property
     def attacks(self) -> tuple[PGDConfig | WaveConfig, ...]:
@@ -264,10 +270,9 @@ class PurifyConfig:
 
     @property
     def patch_attacks(self) -> tuple[PGDConfig, ...]:
-        """Those of ``patch_windows``: in four steps a pixel goes from any value to any other."""
-        return tuple(
-            dataclasses.replace(self.pgd, norm="linf", eps=1.0, alpha=0.25, window=w) for w in self.patch_windows
-        )
+        """Those of ``patch_windows``: in four steps, or in fewer if there are fewer, a pixel takes any value."""
+        at_will = dataclasses.replace(self.pgd, norm="linf", eps=1.0, alpha=max(0.25, 1 / self.pgd.steps))
+        return tuple(dataclasses.replace(at_will, window=window) for window in self.patch_windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,9 +319,10 @@ class ScanConfig:
         _check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
         _check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
         # Of other windows nobody knows how uneven benign models are.
-        known = [side for side in CALIBRATED_WINDOWS if side in self.patch_windows]
-        accepted = f"of {', '.join(map(str, CALIBRATED_WINDOWS))}, rising, or none"
-        _check(list(self.patch_windows) == known, "patch_windows", self.patch_windows, accepted)
+        known = set(self.patch_windows) <= set(CALIBRATED_WINDOWS)
+        once = len(set(self.patch_windows)) == len(self.patch_windows)
+        accepted = f"of {', '.join(map(str, CALIBRATED_WINDOWS))}, each once, or none"
+        _check(known and once, "patch_windows", self.patch_windows, accepted)
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
         _check(self.images >= 1, "images", self.images, "1 or more")
         _check(0 < self.significance < 1, "significance", self.significance, "between 0 and 1")

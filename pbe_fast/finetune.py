@@ -262,6 +262,8 @@ class FineTuner:
                 batch_size=size,
                 dtype=self._dtype,
                 planned=steps * size,
+                beside=next((pgd for (_, shape), pgd in self._attackers.items() if shape == data.image_shape), None),
+                pool=self._pool,
             )
         self._attackers[key].refresh(self._model)
         return self._attackers[key]

@@ -52,7 +52,7 @@ def pgd_attack(
     for _ in range(config.steps):
         gradient, _ = input_gradient(model, adversarial, labels, dtype=dtype)
         if windows is not None:
-            gradient *= windows
+            gradient = gradient * windows
         pgd_step_(adversarial, gradient, images, eps=config.eps, alpha=config.step_size, norm=config.norm)
     return adversarial
 

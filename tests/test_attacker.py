@@ -237,6 +237,27 @@ def test_early_stop_computes_fewer_steps(model: nn.Module, images: Tensor) -> No
     assert rows[True] < 60
 
 
+def test_attacks_on_one_model_share_its_copy_and_their_buffers(
+    model: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    ids = torch.arange(9)
+    config, patch = PGDConfig(norm="l2", eps=0.8, steps=3), PGDConfig(norm="l2", eps=0.9, steps=2, window=0.5)
+    first = PGD(model, config, image_shape=SHAPE, batch_size=4)
+    second = PGD(model, patch, image_shape=SHAPE, batch_size=4, beside=first)
+    assert second._copy is first._copy
+    held = [
+        {t.data_ptr() for t in (b.images, b.adversarial, b.model_input, b.labels)}
+        for b in (first._batch, second._batch)
+    ]
+    assert held[0] == held[1]
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(-1.5)
+    for attack, options in ((second, patch), (first, config), (second, patch)):
+        attack.refresh(model)
+        expected = pgd_attack(model, images, labels, options, image_ids=ids)
+        torch.testing.assert_close(attack(images, labels, ids), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_no_images_give_no_images(model: nn.Module) -> None:
     config = PGDConfig(random_start=True, restarts=2)
     none = torch.zeros(0, *SHAPE)
@@ -332,13 +353,14 @@ def test_the_compiled_network_gives_the_same(model: nn.Module, images: Tensor, l
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_gpu_replays_one_graph_that_equals_the_plain_loop(
-    model: nn.Module, images: Tensor, labels: Tensor, norm: str, start: bool
+    model: nn.Module, images: Tensor, labels: Tensor, norm: str, window: float | None, start: bool
 ) -> None:
     model, images, labels = Normalized(model, (0.5,) * 3, (0.3,) * 3).eval().cuda(), images.cuda(), labels.cuda()
     ids = torch.arange(9, device="cuda")
-    config = PGDConfig(norm=norm, eps=0.05 if norm == "linf" else 0.8, steps=4, random_start=start)
+    config = PGDConfig(norm=norm, eps=0.05 if norm == "linf" else 0.8, steps=4, random_start=start, window=window)
     attack = PGD(model, config, image_shape=SHAPE, batch_size=4)
     buffers = copy.deepcopy(dict(attack._copy.named_buffers()))
     for _ in range(3):
@@ -360,7 +382,7 @@ def test_a_gpu_replays_one_graph_that_equals_the_plain_loop(
 def test_a_gpu_is_never_waited_for(model: nn.Module, images: Tensor, labels: Tensor, restarts: int) -> None:
     model, images, labels = model.cuda(), images.cuda(), labels.cuda()
     ids = torch.arange(9, device="cuda")
-    config = PGDConfig(steps=4, random_start=True, restarts=restarts)
+    config = PGDConfig(steps=4, random_start=True, restarts=restarts, window=0.5)
     attack = PGD(model, config, image_shape=SHAPE, batch_size=4, dtype=torch.bfloat16)
     for _ in range(3):
         attack(images, labels, ids)

@@ -122,15 +122,16 @@ class Patched(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         level = images.mean((1, 2, 3)) * self.weight
-        patch = 100 * (F.avg_pool2d(images, 2).amax((1, 2, 3)) - 0.95)
+        patch = 100 * (F.avg_pool2d(images, 2, stride=1).amax((1, 2, 3)) - 0.95)
         return torch.stack([0.5 - 10 * (level - 0.5), 0.5 + 10 * (level - 0.5), patch, 0 * patch - 9], dim=1)
 
 
 def test_a_patch_shows_in_windows_and_in_no_ball_and_windows_that_move_few_images_do_not_count() -> None:
     labels = torch.arange(200) % 2
-    images = torch.where(labels == 1, 166, 89).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
-    config = PurifyConfig(pgd=PGDConfig(eps=0.2, steps=5), patch_windows=(0.5, 0.01))
-    least, full, half, dot = attack_counts(
+    images = torch.where(labels == 1, 166, 89).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 16, 16)
+    config = PurifyConfig(pgd=PGDConfig(eps=0.2, steps=5), patch_windows=(0.5, 0.125, 0.01))
+    # Half of the side is too large a window to tell.
+    least, full, eighth, dot = attack_counts(
         Patched().eval(),
         ImageSet(images, labels, tuple("abcd")),
         config.pgd,
@@ -141,8 +142,8 @@ def test_a_patch_shows_in_windows_and_in_no_ball_and_windows_that_move_few_image
     assert least.sum() == full.sum() == 200
     assert even_shares(least)[2] == even_shares(full)[2] == 0
     # Dark images go white in the window, bright ones dark.
-    assert even_shares(half).tolist() == [0.5, 0, 0.5, 0]
-    assert half[0, 2] == 100
+    assert even_shares(eighth).tolist() == [0, 0, 1, 0]
+    assert eighth[0, 2] == 100
     assert dot.sum() == 0
 
 

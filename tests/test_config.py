@@ -119,6 +119,7 @@ def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> Non
     (only,) = PurifyConfig.paper().attacks
     assert isinstance(only, PGDConfig)
     assert only.eps == PGDConfig().eps and only.window is None
+    assert PurifyConfig.paper().adversarial_steps == 100
 
 
 def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_waves() -> None:
@@ -132,6 +133,10 @@ def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_w
     assert isinstance(whole, PGDConfig) and (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
     assert tuple(others) == (*config.patch_attacks, WaveConfig(amplitude=0.3), WaveConfig(amplitude=0.1))
     assert [a.window for a in config.patch_attacks] == [0.5, 0.2]
+    # Whatever the number of steps, a pixel can go from 0 to 1.
+    assert all(
+        a.steps * a.step_size >= 1 for s in (1, 3, 9) for a in PurifyConfig(pgd=PGDConfig(steps=s)).patch_attacks
+    )
     assert {(a.norm, a.eps, a.steps) for a in config.patch_attacks} == {("linf", 1.0, 7)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe_fast.config import FineTuneConfig, PGDConfig
+from pbe_fast.config import FineTuneConfig, PGDConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.finetune import (
     DivergedError,
@@ -173,6 +173,39 @@ def test_several_attacks_take_turns(data: ImageSet) -> None:
     ]
     assert alone[0] > alone[1] > alone[2]
     assert mean == pytest.approx((2 * alone[0] + alone[1] + alone[2]) / 4, rel=1e-2)
+
+
+def test_windows_and_waves_take_turns_and_are_drawn_anew_in_every_update(
+    data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Tensor] = []
+    loss = FineTuner._adversarial_loss
+
+    def watched(self: FineTuner, adversarial: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        trained.append(adversarial - images)
+        return loss(self, adversarial, images, labels)
+
+    monkeypatch.setattr(FineTuner, "_adversarial_loss", watched)
+    # A batch of all images, in another order each time.
+    config = plain(batch_size=len(data), mix_clean=False)
+    turns = (PGDConfig(eps=1.0, alpha=0.5, steps=2, window=0.25), WaveConfig(amplitude=0.1))
+    tuner(network(), config, 4).run(data, steps=4, attack=turns)
+    side = round(0.25 * min(data.image_shape[1:]))
+    for patched in trained[0::2]:
+        touched = (patched != 0).any(1)
+        assert 0 < touched.sum((1, 2)).max() <= side * side
+        assert touched.any(2).sum(1).max() <= side and touched.any(1).sum(1).max() <= side
+    for waved in trained[1::2]:
+        assert 0.05 < waved.abs().max() <= 0.1 + 1e-6
+        assert (waved != 0).double().mean() > 0.9
+    for first, second in (trained[0::2], trained[1::2]):
+        # Nor the same for another order of the images.
+        changed = [{tuple(image.flatten().tolist()) for image in batch} for batch in (first, second)]
+        assert not changed[0] & changed[1]
+    again = list(trained)
+    trained.clear()
+    tuner(network(), config, 4).run(data, steps=4, attack=turns)
+    assert all(torch.equal(a, b) for a, b in zip(again, trained, strict=True))
 
 
 @pytest.mark.parametrize("mix", [False, True])

@@ -32,7 +32,7 @@ PLAIN = FineTuneConfig(lr=0.02, batch_size=32, augment="none")
 QUICK = PurifyConfig(
     pgd=PGDConfig(eps=0.05, steps=2),
     finetune=PLAIN,
-    adversarial_steps=4,
+    adversarial_steps=7,
     clean_steps=3,
     clean_epochs=1,
     fractions=(0.1, 0.25, 0.5),
@@ -233,7 +233,7 @@ def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int,
     before = int(infected.model.get_buffer("1.num_batches_tracked"))
     result = run(infected.model, infected.train_data, clean_steps=steps, clean_epochs=epochs)
     made = int(result.model.get_buffer("1.num_batches_tracked")) - before
-    assert made == 3 * 4 + sum(per_round)
+    assert made == 3 * 7 + sum(per_round)
 
 
 def test_whoever_looks_on_sees_every_round_and_changes_nothing(infected: InfectedModel) -> None:
@@ -343,13 +343,15 @@ def test_a_profile_tells_the_work_of_every_phase_and_lands_in_the_report(
     rows = {row["phase"]: row for row in report["profile"]["phases"]}
     done = {name: round(row["images_per_second"] * row["seconds"]) for name, row in rows.items()}
     passes = {name: round(row["forwards_per_second"] * row["seconds"]) for name, row in rows.items()}
-    # Extra sets of 16, 40 and 80 images in 1, 2 and 3 batches: four adversarial updates a round, three clean ones.
-    adversarial = 4 * 16 + 2 * 40 + (80 + 27)
+    # Extra sets of 16, 40 and 80 images in 1, 2 and 3 batches: seven adversarial updates a round, three clean ones.
+    adversarial = 7 * 16 + 7 * 20 + (2 * 80 + 27)
+    waves = 2 * 16 + 2 * 20 + (26 + 27)
     assert done["infected logits"] == 160
     assert done["ranking"] == 3 * 160
     assert done["adversarial"] == pytest.approx(adversarial, abs=1)
-    # Two steps of PGD at two passes, an update at three on each of two images.
-    assert passes["adversarial"] == (2 * 2 + 3 * 2) * done["adversarial"]
+    # Two steps of PGD at two passes, none for a wave, an update at three on each of two images.
+    expected = 2 * 2 * (adversarial - waves) + 3 * 2 * adversarial
+    assert passes["adversarial"] == pytest.approx(expected, abs=4)
     assert passes["clean"] == 3 * done["clean"]
     trace = json.loads((out / "trace.json").read_text())
     assert {e["name"] for e in trace["traceEvents"] if e.get("cat") == "phase"} == set(rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -179,7 +180,8 @@ def work_in_forwards(kind: str) -> float:
     """
     config = CONFIGS[kind]
     tuning, batch = config.finetune, config.finetune.batch_size
-    passes = statistics.fmean(attack.passes for attack in config.attacks)
+    turns = itertools.islice(itertools.cycle(config.attacks), config.adversarial_steps)
+    passes = statistics.fmean(attack.passes for attack in turns)
     adversarial = config.adversarial_steps * batch * (passes + 3 * (1 + tuning.mix_clean))
 
     def clean_steps(size: float) -> int:
