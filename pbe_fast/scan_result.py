@@ -94,7 +94,7 @@ class ScanLevel:
         }
         return {
             "level": self.name,
-            "eps": self.eps,
+            "eps": None if self.window is not None else self.eps,
             "window": self.window,
             "moved": self.moved,
             "histogram": self.histogram.tolist(),
@@ -177,7 +177,7 @@ class ScanResult:
             "p_value": self.p_value,
             "setting": self.setting,
             "level": self.level.name,
-            "eps": self.level.eps,
+            "eps": None if self.level.window is not None else self.level.eps,
             "window": self.level.window,
             "images": self.images,
             "class_names": list(self.class_names),

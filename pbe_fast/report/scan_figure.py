@@ -105,6 +105,8 @@ def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[st
     if critical <= 1:
         axes.axvline(100 * critical, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
         axes.text(100 * critical, -0.09, "reported", ha="center", **{**notes, "color": BAD})
+    else:
+        axes.text(right, -0.09, "no share is reported", ha="right", **notes)
     _ticks(axes.set_yticks, names)
     axes.set(xlim=(0, right), ylim=(len(values) - 0.5, -0.5))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)

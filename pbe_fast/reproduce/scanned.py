@@ -11,7 +11,7 @@ from pbe_fast.report.tables import MISSING, table
 from pbe_fast.reproduce.cells import BENIGN, Cell, Request, Subject, scan_subjects
 from pbe_fast.reproduce.scales import Scale
 from pbe_fast.reproduce.store import Store
-from pbe_fast.reproduce.tables import ATTACK_NAMES
+from pbe_fast.reproduce.tables import ATTACK_NAMES, stale_note
 
 SCAN_TABLE = "table-scan.md"
 _SETTINGS = {"all_to_one": "all-to-one", "all_to_all": "all-to-all", "none": "none"}
@@ -20,7 +20,7 @@ _HEADER = ["model", "setting", "seed", "ASR %", "verdict", "leads to", "times ev
 
 def make_scan_table(request: Request, scale: Scale, store: Store) -> str:
     """Every scanned model of the request: what there is, what was found, and whether they are the same; Markdown."""
-    lines, right, found_cells, alarms, benign = [], 0, 0, 0, 0
+    lines, entries, right, found_cells, alarms, benign = [], [], 0, 0, 0, 0
     for seed in request.seeds:
         for subject in scan_subjects(request, scale, seed):
             entry = store.read(Cell(subject, "scan"))
@@ -29,6 +29,7 @@ def make_scan_table(request: Request, scale: Scale, store: Store) -> str:
             lines.append(_line(subject, entry, before, hit))
             if entry is None:
                 continue
+            entries.append(entry)
             if subject.attack == BENIGN:
                 benign += 1
                 alarms += not hit
@@ -40,6 +41,7 @@ def make_scan_table(request: Request, scale: Scale, store: Store) -> str:
         f"- Found, and with the right target: {right} of {found_cells} infected models. False alarms: {alarms} of "
         f"{benign} benign models. Below p = {scale.scan.significance} it is a backdoor.",
         "- Scanned with the clean images that the defences get; the attack did not see them.",
+        *(f"- {note}" for note in stale_note(entries, scale)),
     ]
     return f"## Scan of the infected models\n\n{table(_HEADER, lines)}\n\n" + "\n".join(notes) + "\n"
 

@@ -203,6 +203,13 @@ def _in_place(scale: Scale) -> str:
     return f" ({scale.stand_in} in its place)" if scale.stand_in else ""
 
 
+def stale_note(entries: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
+    """One note where cells were made with other options than the scale has now, else none."""
+    now = (_as_json(scale.describe(e["cell"]["data"], e["cell"]["task"])) for e in entries)
+    stale = any(e["config"] != options for e, options in zip(entries, now, strict=True))
+    return ["Some cells were made with other options than the present ones of this scale."] if stale else []
+
+
 def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], wanted: int, request: Request) -> list[str]:
     """What holds of every table: the scale, what is missing, where the figures come from."""
     seeds = f"Seed{'s' * (len(request.seeds) > 1)} {', '.join(map(str, request.seeds))}"
@@ -219,8 +226,7 @@ def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], want
         }
     ):
         notes.append(f"Images: {'; '.join(images)}.")
-    if any(e["config"] != _as_json(scale.describe(e["cell"]["data"], e["cell"]["task"])) for e in entries):
-        notes.append("Some cells were made with other options than the present ones of this scale.")
+    notes += stale_note(entries, scale)
     if number == 3 and scale.stand_in is None and not all(e["infection"]["weights"] for e in entries):
         notes.append(
             "No ImageNet weights were given (--weights): these networks were trained from scratch, the paper's were "

@@ -61,7 +61,10 @@ def test_the_table_counts_hits_and_false_alarms(tmp_path: Path, made_up: Callabl
     assert rows[3] == ["Blend", "all-to-all", "0", "–", "all-to-all", "y + 3", "4.2", "0.0012", "no"]
     assert rows[4] == ["benign", "–", "0", "–", "–", "–", "–", "–", "–"]
     store.write(c := Cell(BENIGN, "scan"), made_up(c, CPU, **found("all_to_one", target=5)))
-    assert "False alarms: 1 of 1 benign" in make_scan_table(REQUEST, CPU, store)
+    text = make_scan_table(REQUEST, CPU, store)
+    assert "False alarms: 1 of 1 benign" in text and "other options" not in text
+    fewer = dataclasses.replace(CPU, scan=ScanConfig(images=100))
+    assert "- Some cells were made with other options" in make_scan_table(REQUEST, fewer, store)
 
 
 def test_a_model_is_scanned_with_its_clean_images(tmp_path: Path, tiny: Scale) -> None:
