@@ -116,6 +116,10 @@ class PGDConfig:
         """Work per image, in forward passes: each step also goes back to the image."""
         return 2 * self.steps
 
+    def at_will(self, window: float) -> PGDConfig:
+        """The attack on windows of that share of the side: in four steps, or all if fewer, a pixel takes any value."""
+        return dataclasses.replace(self, norm="linf", eps=1.0, alpha=max(0.25, 1 / self.steps), window=window)
+
     @property
     def step_size(self) -> float:
         """``alpha``, or its default."""
@@ -270,9 +274,8 @@ class PurifyConfig:
 
     @property
     def patch_attacks(self) -> tuple[PGDConfig, ...]:
-        """Those of ``patch_windows``: in four steps, or in fewer if there are fewer, a pixel takes any value."""
-        at_will = dataclasses.replace(self.pgd, norm="linf", eps=1.0, alpha=max(0.25, 1 / self.pgd.steps))
-        return tuple(dataclasses.replace(at_will, window=window) for window in self.patch_windows)
+        """Those of ``patch_windows``."""
+        return tuple(self.pgd.at_will(window) for window in self.patch_windows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ LEVELS = ("quarter", "most", "beyond")
 # What a patch takes: all that a window of its size can hold, by the window's share of the side.
 PATCH_LEVELS = {0.125: "patch 1/8", 0.25: "patch 1/4"}
 _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
+
+# `reached_labels` of the sample, for a PGDConfig and the text of its bar.
+Reached = Callable[..., Tensor]
 
 
 def scan(
@@ -83,8 +88,10 @@ def scan(
                 got=f"some that the model answers rightly of {labels} of {data.num_classes} classes",
                 accepted="of half of the classes at least",
             )
-        radii = _attack(scanned, sample, config, generator=generator, dtype=dtype, progress=progress)
-        levels = (*radii, *_patches(scanned, sample, config, generator=generator, dtype=dtype, progress=progress))
+        reached = functools.partial(
+            reached_labels, scanned, sample, generator=generator, dtype=dtype, show_progress=progress
+        )
+        levels = (*_attack(reached, config), *_patches(reached, config, sample.image_shape))
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"
     at = int(level.shares(setting).argmax())
@@ -129,30 +136,15 @@ def _even(labels: Tensor, indices: Tensor, count: int) -> Tensor:
     return indices[turn.argsort(stable=True)[:count]]
 
 
-def _attack(
-    model: nn.Module,
-    sample: ImageSet,
-    config: ScanConfig,
-    *,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    progress: bool,
-) -> tuple[ScanLevel, ...]:
+def _attack(reached: Reached, config: ScanConfig) -> tuple[ScanLevel, ...]:
     """The radii up to the one beyond that which moves most images."""
     levels: list[ScanLevel] = []
     names, beyond = list(LEVELS), 0.0
     for eps in config.eps:
         if eps < beyond:
             continue
-        counts = reached_labels(
-            model,
-            sample,
-            PGDConfig(norm=config.norm, eps=eps, steps=config.steps),
-            generator=generator,
-            dtype=dtype,
-            desc=f"attacking, eps {eps:.3g}",
-            show_progress=progress,
-        )
+        pgd = PGDConfig(norm=config.norm, eps=eps, steps=config.steps)
+        counts = reached(pgd, desc=f"attacking, eps {eps:.3g}")
         moved = ScanLevel(None, eps, counts).moved
         if names[0] == "quarter" and moved >= _MOST:
             names.pop(0)  # one radius has one name, and one calibration
@@ -172,28 +164,13 @@ def _attack(
     return tuple(levels)
 
 
-def _patches(
-    model: nn.Module,
-    sample: ImageSet,
-    config: ScanConfig,
-    *,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    progress: bool,
-) -> tuple[ScanLevel, ...]:
+def _patches(reached: Reached, config: ScanConfig, image_shape: tuple[int, int, int]) -> tuple[ScanLevel, ...]:
     """The windows, which need no search: their size is the patch's, whatever the model withstands."""
     # In small images two windows may be the same one: it is tested once, as the larger, which is the more cautious.
-    windows = {window_side(share, sample.image_shape): share for share in config.patch_windows}
+    windows = {window_side(share, image_shape): share for share in config.patch_windows}
     levels = []
     for share in windows.values():
-        counts = reached_labels(
-            model,
-            sample,
-            PGDConfig(eps=1.0, alpha=0.25, window=share, steps=config.steps),
-            generator=generator,
-            dtype=dtype,
-            desc=f"attacking windows, {share:.3g} of the side",
-            show_progress=progress,
-        )
+        pgd = PGDConfig(steps=config.steps).at_will(share)
+        counts = reached(pgd, desc=f"attacking windows, {share:.3g} of the side")
         levels.append(ScanLevel(PATCH_LEVELS[share], 1.0, counts, share))
     return tuple(levels)
