@@ -18,7 +18,7 @@ _SAMPLE = 1000
 _BATCH = 250
 _HALVINGS = 6
 _MOVED = 0.25
-# In larger windows benign models lead to a label or two as well (docs/scan.md: of 40, 36 in a quarter of the side).
+# In larger windows benign models lead to a label or two as well (docs/recipe.md: 36 of 40 in a quarter of the side).
 LARGEST_WINDOW = 0.125
 
 
