@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pbe_fast.kernels.backends import OPS
+from pbe_fast.kernels.backends import TRITON_OPS
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -100,7 +100,7 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     return registers, sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
-def report(ops: tuple[str, ...] = OPS, architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Usage]:
+def report(ops: tuple[str, ...] = TRITON_OPS, architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Usage]:
     """Compiles every case of the operations, for every architecture."""
     for op in ops:
         for case in importlib.import_module(f"pbe_fast.kernels.{op}.triton_kernel").aot_cases():
@@ -111,13 +111,13 @@ def report(ops: tuple[str, ...] = OPS, architectures: tuple[int, ...] = ARCHITEC
 def main() -> int:
     """Prints the table, or JSON lines; 1 if any kernel spills."""
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the Triton kernels.")
-    parser.add_argument("--op", action="append", choices=OPS, help="only this operation (may be repeated)")
+    parser.add_argument("--op", action="append", choices=TRITON_OPS, help="only this operation (may be repeated)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     if not args.json:
         print(f"{'operation':<12} {'kernel':<44} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>7}")
     spilled = False
-    for usage in report(tuple(args.op or OPS)):
+    for usage in report(tuple(args.op or TRITON_OPS)):
         spilled |= usage.spills > 0
         if args.json:
             print(json.dumps(asdict(usage)), flush=True)

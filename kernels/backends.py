@@ -1,7 +1,7 @@
 """Which versions of the operations this machine can run, and the one library object they are registered in.
 
-Every operation has a folder with a ``reference`` (plain PyTorch), a ``native`` (C++ on CPUs) and a ``triton`` (GPU)
-version. The dispatcher picks by device; where a build is missing, the reference takes its place.
+Every operation has a folder with a ``reference`` (plain PyTorch), a ``native`` (C++ on CPUs) and mostly a ``triton``
+(GPU) version. The dispatcher picks by device; where a build is missing, the reference takes its place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-OPS = ("warp", "cosine_rank", "pgd_step")
+OPS = ("warp", "cosine_rank", "pgd_step", "conv3x3", "affine_relu")
+# Those with a GPU version: there the convolutions are cuDNN's, and torch.compile fuses what follows them.
+TRITON_OPS = ("warp", "cosine_rank", "pgd_step")
 BACKENDS = ("reference", "native", "triton")
 
 # A second Library of the same name could not define anything, so there is this one, kept alive by the module.
@@ -56,7 +58,13 @@ def missing(op: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
-        return None if native_op(op) is not None else "the native module pbe_fast._native is not built or turned off"
+        module = native_op(op)
+        if module is None:
+            return "the native module pbe_fast._native is not built or turned off"
+        supported = getattr(module, "is_supported", lambda: True)()
+        return None if supported else "this processor lacks the instructions for it (AVX512-BF16)"
+    if op not in TRITON_OPS:
+        return f"{op} has no Triton version"
     if not triton_installed():
         return "the package triton is not installed"
     if not triton_interpreted() and not torch.cuda.is_available():

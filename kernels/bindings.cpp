@@ -2,6 +2,8 @@
 // an ndarray argument; the checks on shapes, types and layouts are in the operations' __init__.py.
 #include <nanobind/nanobind.h>
 
+#include "affine_relu/native.h"
+#include "conv3x3/native.h"
 #include "cosine_rank/native.h"
 #include "levels.h"
 #include "pgd_step/native.h"
@@ -18,6 +20,53 @@ T* at(Address address) {
 }
 
 // One function per operation: a submodule of the same name. Its presence is how backends.py knows the native build.
+
+void bind_affine_relu(nb::module_ module) {
+  namespace op = pbe::affine_relu;
+  using Halves = const std::uint16_t;
+  module.def("is_supported", [] { return op::is_supported(); });
+  module.def("run", [](Address x, Address scale, Address shift, Address out, std::int64_t pixels, std::int64_t channels,
+                       int threads) {
+    const nb::gil_scoped_release nogil;
+    op::run(at<Halves>(x), at<const float>(scale), at<const float>(shift), at<std::uint16_t>(out), pixels, channels,
+            threads);
+  });
+  module.def("backward", [](Address grad, Address y, Address scale, Address out, std::int64_t pixels,
+                            std::int64_t channels, int threads) {
+    const nb::gil_scoped_release nogil;
+    op::backward(at<Halves>(grad), at<Halves>(y), at<const float>(scale), at<std::uint16_t>(out), pixels, channels,
+                 threads);
+  });
+}
+
+void bind_conv3x3(nb::module_ module) {
+  namespace op = pbe::conv3x3;
+  module.def("is_supported", [] { return op::is_supported(); });
+  module.def("run", [](Address x, Address mask, Address packed, Address bias, Address residual, Address y,
+                       std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels_in,
+                       std::int64_t channels_out, bool relu, int threads) {
+    using Halves = const std::uint16_t;
+    const op::Job job{at<Halves>(x),
+                      at<Halves>(mask),
+                      at<Halves>(packed),
+                      at<const float>(bias),
+                      at<Halves>(residual),
+                      at<std::uint16_t>(y),
+                      images,
+                      height,
+                      width,
+                      channels_in,
+                      channels_out,
+                      relu};
+    const nb::gil_scoped_release nogil;
+    op::run(job, threads);
+  });
+  module.def("pack", [](Address weight, std::int64_t channels_out, std::int64_t channels_in, bool rotated,
+                        Address packed, int threads) {
+    const nb::gil_scoped_release nogil;
+    op::pack(at<const float>(weight), channels_out, channels_in, rotated, at<std::uint16_t>(packed), threads);
+  });
+}
 
 void bind_cosine_rank(nb::module_ module) {
   namespace op = pbe::cosine_rank;
@@ -106,6 +155,8 @@ void bind_warp(nb::module_ module) {
 NB_MODULE(_native, m) {
   m.doc() = "The C++ versions of the operations in pbe_fast.kernels.";
   m.def("limit_level", [](int most) { return static_cast<int>(pbe::limit_level(static_cast<pbe::Level>(most))); });
+  bind_affine_relu(m.def_submodule("affine_relu"));
+  bind_conv3x3(m.def_submodule("conv3x3"));
   bind_cosine_rank(m.def_submodule("cosine_rank"));
   bind_pgd_step(m.def_submodule("pgd_step"));
   bind_warp(m.def_submodule("warp"));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from pbe_fast.engine.copies import frozen_copy
+from pbe_fast.engine.fusing import fused, place_winograd
+from pbe_fast.engine.tracing import is_untouched, trace
+from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d
 
 # Modules whose work is a matrix product with their weight: what mixed precision computes in the short format.
 _PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class FrozenCopy(nn.Module):
@@ -51,6 +52,8 @@ class FrozenCopy(nn.Module):
             else:
                 pairs = []
         self._pairs = pairs
+        if dtype == torch.bfloat16 and image_shape is not None:
+            self._fuse(image_shape)
         if dtype != torch.float32:
             _hold_products(self.net, dtype)
         self._own = {
@@ -60,6 +63,14 @@ class FrozenCopy(nn.Module):
         }
         self.eval()
         self.refresh(model)
+
+    def _fuse(self, image_shape: tuple[int, ...]) -> None:
+        """Winograd's convolutions where they are faster, and what follows them as part of them."""
+        place_winograd(self.net)
+        net = fused(copy.deepcopy(self.net))
+        device = torch.device(self._device_type)
+        if net is not None and _agree(self.net, net, torch.Size((2, *image_shape)), device):
+            self.net = net
 
     @property
     def folded(self) -> tuple[tuple[str, str], ...]:
@@ -74,6 +85,9 @@ class FrozenCopy(nn.Module):
             torch._foreach_copy_(list(self._own.values()), [state[name] for name in self._own])
         for conv, norm in self._pairs:
             _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
+        for module in self.net.modules():
+            if isinstance(module, (WinogradConv2d, AffineReLU)):
+                module.refresh()
 
     def forward(self, images: Tensor) -> Tensor:
         """What the model returns for float images (B, C, H, W)."""
@@ -93,10 +107,10 @@ def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """
     try:
         traced = copy.deepcopy(model).eval()
-        tracer = fx.Tracer()
-        graph = tracer.trace(traced, concrete_args=_defaults(traced))
     except Exception:
-        # Whatever a foreign forward raises on a symbol, it is only known that it cannot be followed.
+        return []
+    graph = trace(traced)
+    if graph is None:
         return []
     modules = dict(traced.named_modules())
     names = Counter(id(module) for _, module in traced.named_modules(remove_duplicate=False))
@@ -110,8 +124,7 @@ def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
             and names[id(module)] == 1
             and calls[name] == 1
             and name not in touched
-            and "forward" not in vars(module)
-            and not any(getattr(module, hooks) for hooks in _HOOKS)
+            and is_untouched(module)
         )
 
     pairs = []
@@ -124,12 +137,6 @@ def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
         if follows and has_statistics and plain(str(source.target), _CONVOLUTIONS):  # type: ignore[union-attr]
             pairs.append((str(source.target), str(node.target)))  # type: ignore[union-attr]
     return pairs
-
-
-def _defaults(model: nn.Module) -> dict[str, object]:
-    """The defaults of ``forward``'s further arguments: with them, and not with symbols, the model is called."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _folded(model: nn.Module, pairs: list[tuple[str, str]], device: torch.device) -> nn.Module:
@@ -176,7 +183,7 @@ def _hold_products(net: nn.Module, dtype: torch.dtype) -> None:
     """Weights and biases of plain products in ``dtype``; a parameter that two modules share stays as it is."""
     owners = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
     for module in net.modules():
-        if type(module) in _PRODUCTS and not any(getattr(module, hooks) for hooks in _HOOKS):
+        if type(module) in _PRODUCTS and is_untouched(module):
             for parameter in module.parameters(recurse=False):
                 if owners[id(parameter)] == 1:
                     parameter.data = parameter.data.to(dtype)

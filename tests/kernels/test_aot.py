@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not backends.triton_installed(), reason="triton 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", backends.TRITON_OPS)
 def test_kernels_compile_without_spills(op: str) -> None:
     # In a process of its own: this one may run Triton's interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

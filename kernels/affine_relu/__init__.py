@@ -1,0 +1,143 @@
+"""A frozen batch normalisation and the ReLU after it, in one pass: ``torch.ops.pbe_fast.affine_relu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pbe_fast.kernels import backends
+from pbe_fast.kernels.affine_relu import reference
+
+backends.LIB.define("affine_relu(Tensor x, Tensor scale, Tensor shift) -> Tensor")
+backends.LIB.define("affine_relu_backward(Tensor grad, Tensor y, Tensor scale) -> Tensor")
+
+
+class Version(NamedTuple):
+    """One version of the two operations, for checked tensors."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None = None) -> Tensor:
+    """``relu(scale * x + shift)``, per channel.
+
+    Args:
+        x: bfloat16 (B, C, H, W), any layout; channels_last is read as it is.
+        scale: float32 (C,). It gets no gradient.
+        shift: float32 (C,). It gets no gradient.
+        backend: "reference" or "native" by name; None lets the dispatcher choose by device.
+
+    Returns:
+        bfloat16 (B, C, H, W), channels_last, rounded once. Gradients flow to ``x``.
+
+    Raises:
+        ValueError: Shapes or devices that do not fit together, or a backend for another device.
+        TypeError: A dtype that is not accepted.
+        RuntimeError: ``backend`` is not available here.
+    """
+    if backend is None:
+        out: Tensor = torch.ops.pbe_fast.affine_relu.default(x, scale, shift)
+        return out
+    backends.require("affine_relu", backend)
+    if backend == "native" and x.device.type != "cpu":
+        raise ValueError(f"device; got {x.device}; accepted by backend 'native': cpu")
+    return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, scale, shift)
+
+
+def _check(x: Tensor, **channels: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: (B, C, H, W)")
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"x; got {x.dtype}; accepted: bfloat16")
+    for name, values in channels.items():
+        if values.dtype != torch.float32 or values.shape != x.shape[1:2] or values.device != x.device:
+            got = f"{values.dtype} {tuple(values.shape)} on {values.device}"
+            raise ValueError(f"{name}; got {got}; accepted: float32 ({x.shape[1]},) on {x.device}")
+
+
+def _native_forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    out, rows = _empty(x), _rows(x)
+    scale, shift = scale.contiguous(), shift.contiguous()
+    backends.native_op("affine_relu").run(
+        rows.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        out.data_ptr(),
+        rows.shape[:3].numel(),
+        rows.shape[3],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _native_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    out, rows, outputs, scale = _empty(grad), _rows(grad), _rows(y), scale.contiguous()
+    backends.native_op("affine_relu").backward(
+        rows.data_ptr(),
+        outputs.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+        rows.shape[:3].numel(),
+        rows.shape[3],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _rows(images: Tensor) -> Tensor:
+    """Dense (B, H, W, C): with one channel or pixel, a channels_last tensor may have other strides."""
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _empty(x: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _forward(version: Version) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def call(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        _check(x, scale=scale, shift=shift)
+        return version.forward(x, scale, shift)
+
+    return call
+
+
+def _backward(version: Version) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def call(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        _check(grad, scale=scale)
+        if y.shape != grad.shape or y.dtype != grad.dtype or y.device != grad.device:
+            got = f"{y.dtype} {tuple(y.shape)} on {y.device}"
+            raise ValueError(f"y; got {got}; accepted: as grad, {grad.dtype} {tuple(grad.shape)} on {grad.device}")
+        return version.backward(grad, y, scale)
+
+    return call
+
+
+def _channels_last(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda *tensors: run(*tensors).contiguous(memory_format=torch.channels_last)
+
+
+_REFERENCE = Version(_channels_last(reference.affine_relu), _channels_last(reference.affine_relu_backward))
+_NATIVE = Version(_native_forward, _native_backward)
+_NOTHING = Version(_empty, _empty)
+_cpu = _NATIVE if backends.missing("affine_relu", "native") is None else _REFERENCE
+
+for _name, _form in (("affine_relu", _forward), ("affine_relu_backward", _backward)):
+    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
+    backends.LIB.impl(_name, _form(_cpu), "CPU")
+    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    output, scale = ctx.saved_tensors
+    return torch.ops.pbe_fast.affine_relu_backward(grad, output, scale), None, None
+
+
+torch.library.register_autograd("pbe_fast::affine_relu", _gradient, setup_context=_setup_context, lib=backends.LIB)

@@ -1,0 +1,73 @@
+#include "affine_relu/native.h"
+
+#include "avx512.h"
+#include "parallel.h"
+
+namespace pbe::affine_relu {
+
+#ifdef PBE_X86
+namespace {
+
+using namespace pbe::avx512;
+
+// Elements per thread at least: 64 KB in and 64 KB out.
+constexpr std::int64_t kGrain = 1 << 15;
+
+PBE_AVX512 void run_pixels(const std::uint16_t* x, const float* scale, const float* shift, std::uint16_t* out,
+                           std::int64_t pixels, std::int64_t channels) {
+  const __m512 zero = _mm512_setzero_ps();
+  for (std::int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const __mmask16 lanes = first_lanes(channels - c);
+      const __m512 value = _mm512_fmadd_ps(load<DType::bf16>(x + c, lanes), load<DType::f32>(scale + c, lanes),
+                                           load<DType::f32>(shift + c, lanes));
+      // Of two operands the second is taken where one is NaN: so it passes, as in torch.relu.
+      store<DType::bf16, true>(out + c, _mm512_max_ps(zero, value), lanes);
+    }
+  }
+}
+
+PBE_AVX512 void backward_pixels(const std::uint16_t* grad, const std::uint16_t* y, const float* scale,
+                                std::uint16_t* out, std::int64_t pixels, std::int64_t channels) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (std::int64_t pixel = 0; pixel < pixels; ++pixel, grad += channels, y += channels, out += channels) {
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const __mmask16 lanes = first_lanes(channels - c);
+      const __mmask16 positive = _mm256_cmpgt_epi16_mask(_mm256_maskz_loadu_epi16(lanes, y + c), zero);
+      const __m512 value = _mm512_mul_ps(load<DType::bf16>(grad + c, positive), load<DType::f32>(scale + c, lanes));
+      store<DType::bf16, true>(out + c, value, lanes);
+    }
+  }
+}
+
+}  // namespace
+
+bool is_supported() { return level() >= Level::bf16; }
+
+void run(const std::uint16_t* x, const float* scale, const float* shift, std::uint16_t* out, std::int64_t pixels,
+         std::int64_t channels, int threads) {
+  if (channels == 0) return;
+  parallel_for(pixels, kGrain / channels + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    run_pixels(x + begin * channels, scale, shift, out + begin * channels, end - begin, channels);
+  });
+}
+
+void backward(const std::uint16_t* grad, const std::uint16_t* y, const float* scale, std::uint16_t* out,
+              std::int64_t pixels, std::int64_t channels, int threads) {
+  if (channels == 0) return;
+  parallel_for(pixels, kGrain / channels + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t at = begin * channels;
+    backward_pixels(grad + at, y + at, scale, out + at, end - begin, channels);
+  });
+}
+
+#else
+
+bool is_supported() { return false; }
+void run(const std::uint16_t*, const float*, const float*, std::uint16_t*, std::int64_t, std::int64_t, int) {}
+void backward(const std::uint16_t*, const std::uint16_t*, const float*, std::uint16_t*, std::int64_t, std::int64_t,
+              int) {}
+
+#endif
+
+}  // namespace pbe::affine_relu

@@ -1,0 +1,15 @@
+"""relu(scale x + shift) in plain PyTorch: the definition."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(B, C, H, W) in the dtype and layout of ``x``, computed in float32."""
+    return (x.float() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).relu().to(x.dtype)
+
+
+def affine_relu_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of ``x``, in the dtype of ``grad``: scale grad where y > 0."""
+    return (grad.float() * scale.view(-1, 1, 1)).where(y > 0, 0.0).to(grad.dtype)

@@ -1,0 +1,275 @@
+"""A 3 x 3 convolution by Winograd's F(2 x 2, 3 x 3): ``torch.ops.pbe_fast.conv3x3`` and ``conv3x3_pack``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pbe_fast.kernels import backends
+from pbe_fast.kernels.conv3x3 import reference
+
+GROUP = reference.GROUP
+
+backends.LIB.define("conv3x3_pack(Tensor weight, bool transposed) -> Tensor")
+backends.LIB.define(
+    "conv3x3(Tensor x, Tensor? mask, Tensor packed, Tensor packed_transposed, Tensor? bias, Tensor? residual, "
+    "bool relu, int channels_out) -> Tensor"
+)
+
+
+class Packed(NamedTuple):
+    """The filters of one convolution, transformed: what `conv3x3` computes with.
+
+    Attributes:
+        forward: For the outputs; see `reference.pack`.
+        backward: For the gradients of the inputs.
+        channels_out: K.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    channels_out: int
+
+
+def pack(weight: Tensor, *, backend: str | None = None) -> Packed:
+    """The filters as `conv3x3` takes them, in both directions.
+
+    Args:
+        weight: (K, C, 3, 3) floating point. It gets no gradient.
+        backend: "reference" or "native" by name; None lets the dispatcher choose by device.
+
+    Returns:
+        Filters in bfloat16, rounded once, from float32.
+
+    Raises:
+        ValueError: Another shape, or a backend for another device.
+        RuntimeError: ``backend`` is not available here.
+    """
+    run = torch.ops.pbe_fast.conv3x3_pack.default if backend is None else _pack(_named(backend, weight))
+    weight = weight.detach()
+    return Packed(run(weight, False), run(weight, True), weight.shape[0])
+
+
+def conv3x3(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``F.conv2d(x, weight, bias, padding=1)`` of bfloat16 images, with 4/9 of its multiplications.
+
+    Args:
+        x: bfloat16 (B, C, H, W), any layout; channels_last is read as it is.
+        packed: From `pack`.
+        bias: float32 (K,). It gets no gradient.
+        residual: bfloat16 (B, K, H, W), added to the result.
+        relu: Whether negative results become zero, after the addition.
+        mask: bfloat16 (B, C, H, W): where it is not above zero, x counts as zero. It gets no gradient.
+        backend: As for `pack`.
+
+    Returns:
+        bfloat16 (B, K, H, W), channels_last. Gradients flow to ``x`` and ``residual``, by the same algorithm.
+
+    Raises:
+        ValueError: Shapes or devices that do not fit together, or a backend for another device.
+        TypeError: A dtype that is not accepted.
+        RuntimeError: ``backend`` is not available here.
+    """
+    run = torch.ops.pbe_fast.conv3x3.default if backend is None else _conv(_named(backend, x))
+    out: Tensor = run(x, mask, packed.forward, packed.backward, bias, residual, relu, packed.channels_out)
+    return out
+
+
+def is_fast() -> bool:
+    """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
+    return backends.missing("conv3x3", "native") is None
+
+
+class Conv(NamedTuple):
+    """What every version works on: checked tensors."""
+
+    x: Tensor
+    mask: Tensor | None
+    packed: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    relu: bool
+    channels_out: int
+
+
+class Version(NamedTuple):
+    """One version of the two operations."""
+
+    pack: Callable[[Tensor, bool], Tensor]
+    conv: Callable[[Conv], Tensor]
+
+
+def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
+    groups_out, groups_in = -(-channels_out // GROUP), -(-channels_in // GROUP)
+    return (groups_out, 16, groups_in * GROUP // 2, GROUP, 2)
+
+
+def _check(job: Conv, packed_transposed: Tensor) -> None:
+    x, channels_out = job.x, job.channels_out
+    if x.dim() != 4:
+        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: (B, C, H, W)")
+    batch, channels_in, height, width = x.shape
+    for name, filters, shape in (
+        ("packed", job.packed, _packed_shape(channels_out, channels_in)),
+        ("packed_transposed", packed_transposed, _packed_shape(channels_in, channels_out)),
+    ):
+        if filters.dtype != torch.bfloat16 or filters.shape != shape or not filters.is_contiguous():
+            raise ValueError(
+                f"{name}; got {filters.dtype} {tuple(filters.shape)}; accepted: contiguous bfloat16 {shape}, from "
+                f"pack of a weight ({channels_out}, {channels_in}, 3, 3)"
+            )
+    others = [job.packed, packed_transposed]
+    for name, image, channels in (
+        ("x", x, channels_in),
+        ("mask", job.mask, channels_in),
+        ("residual", job.residual, channels_out),
+    ):
+        if image is None:
+            continue
+        others.append(image)
+        if image.dtype != torch.bfloat16:
+            raise TypeError(f"{name}; got {image.dtype}; accepted: bfloat16")
+        if image.shape != (batch, channels, height, width):
+            raise ValueError(f"{name}; got {tuple(image.shape)}; accepted: {(batch, channels, height, width)}")
+    if job.bias is not None:
+        others.append(job.bias)
+        if job.bias.dtype != torch.float32 or job.bias.shape != (channels_out,):
+            got = f"{job.bias.dtype} {tuple(job.bias.shape)}"
+            raise ValueError(f"bias; got {got}; accepted: float32 ({channels_out},)")
+    for other in others:
+        if other.device != x.device:
+            raise ValueError(f"devices; got {other.device}; accepted: that of x, {x.device}")
+
+
+def _pack_native(weight: Tensor, transposed: bool) -> Tensor:
+    filters = weight.transpose(0, 1) if transposed else weight
+    channels_out, channels_in = filters.shape[:2]
+    packed = torch.empty(_packed_shape(channels_out, channels_in), dtype=torch.bfloat16)
+    rows = filters.to(torch.float32).permute(1, 2, 3, 0).contiguous()
+    backends.native_op("conv3x3").pack(
+        rows.data_ptr(), channels_out, channels_in, transposed, packed.data_ptr(), torch.get_num_threads()
+    )
+    return packed
+
+
+def _conv_native(job: Conv) -> Tensor:
+    batch, channels_in, height, width = job.x.shape
+    out = _conv_nothing(job)
+    x, mask, residual = _rows(job.x), _rows(job.mask), _rows(job.residual)
+    bias = None if job.bias is None else job.bias.contiguous()
+    backends.native_op("conv3x3").run(
+        _address(x),
+        _address(mask),
+        job.packed.data_ptr(),
+        _address(bias),
+        _address(residual),
+        out.data_ptr(),
+        batch,
+        height,
+        width,
+        channels_in,
+        job.channels_out,
+        job.relu,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _rows(images: Tensor | None) -> Tensor | None:
+    """Dense (B, H, W, C): with one channel or pixel, a channels_last tensor may have other strides."""
+    return None if images is None else images.permute(0, 2, 3, 1).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _conv_nothing(job: Conv) -> Tensor:
+    # No view of other memory: a model may change it in place.
+    shape = (job.x.shape[0], job.channels_out, *job.x.shape[2:])
+    return torch.empty(shape, dtype=torch.bfloat16, device=job.x.device, memory_format=torch.channels_last)
+
+
+def _pack_nothing(weight: Tensor, transposed: bool) -> Tensor:
+    channels_out, channels_in = weight.shape[:2]
+    shape = _packed_shape(channels_in, channels_out) if transposed else _packed_shape(channels_out, channels_in)
+    return weight.new_empty(shape, dtype=torch.bfloat16)
+
+
+def _pack(version: Version) -> Callable[[Tensor, bool], Tensor]:
+    def call(weight: Tensor, transposed: bool) -> Tensor:
+        if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
+            raise ValueError(f"weight; got {weight.dtype} {tuple(weight.shape)}; accepted: floating point (K, C, 3, 3)")
+        return version.pack(weight, transposed)
+
+    return call
+
+
+def _conv(version: Version) -> Callable[..., Tensor]:
+    def call(
+        x: Tensor,
+        mask: Tensor | None,
+        packed: Tensor,
+        packed_transposed: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        channels_out: int,
+    ) -> Tensor:
+        job = Conv(x, mask, packed, bias, residual, relu, channels_out)
+        _check(job, packed_transposed)
+        return version.conv(job)
+
+    return call
+
+
+_REFERENCE = Version(reference.pack, lambda job: reference.conv3x3(*job))
+_NATIVE = Version(_pack_native, _conv_native)
+_NOTHING = Version(_pack_nothing, _conv_nothing)
+_cpu = _NATIVE if is_fast() else _REFERENCE
+
+for _name, _form in (("conv3x3_pack", _pack), ("conv3x3", _conv)):
+    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
+    backends.LIB.impl(_name, _form(_cpu), "CPU")
+    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mask, packed, packed_transposed, _, residual, relu, _ = inputs
+    ctx.save_for_backward(packed, packed_transposed, output if relu else None)
+    ctx.channels_in = x.shape[1]
+    ctx.has_residual = residual is not None
+    ctx.has_mask = mask is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.has_mask:
+        raise RuntimeError("gradient of conv3x3 with a mask; accepted: without one, as it is itself part of a gradient")
+    packed, packed_transposed, output = ctx.saved_tensors
+    if output is not None and ctx.has_residual:
+        # Both take the same gradient, so it is written down.
+        grad, output = torch.ops.aten.threshold_backward(grad, output, 0), None
+    grad_x = torch.ops.pbe_fast.conv3x3(grad, output, packed_transposed, packed, None, None, False, ctx.channels_in)
+    return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
+
+
+torch.library.register_autograd("pbe_fast::conv3x3", _backward, setup_context=_setup_context, lib=backends.LIB)
+
+
+def _named(backend: str, tensor: Tensor) -> Version:
+    backends.require("conv3x3", backend)
+    if backend == "native" and tensor.device.type != "cpu":
+        raise ValueError(f"device; got {tensor.device}; accepted by backend 'native': cpu")
+    return _REFERENCE if backend == "reference" else _NATIVE

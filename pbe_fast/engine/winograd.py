@@ -1,0 +1,106 @@
+"""Frozen layers in the form that the CPU's kernels for bfloat16 compute, where this machine has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.kernels.affine_relu import affine_relu
+from pbe_fast.kernels.conv3x3 import conv3x3, is_fast, pack
+
+# With fewer channels the transformations outweigh the multiplications that they save.
+_FEWEST_CHANNELS = 16
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3 x 3 convolution whose filters are transformed once, by `refresh`, and not at every call.
+
+    Args:
+        conv: One that `can_be_winograd`; weight and bias are its own, in float32.
+
+    Attributes:
+        relu: Whether the ReLU that followed it is part of it; also of the sum with a residual.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.relu = False
+        self._packed = pack(self.weight)
+
+    def refresh(self) -> None:
+        """Takes the current weight, into the same memory."""
+        fresh = pack(self.weight)
+        self._packed.forward.copy_(fresh.forward)
+        self._packed.backward.copy_(fresh.backward)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """In bfloat16 where autocast would have it so, in float32 elsewhere; ``residual`` is added to the result."""
+        if input.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+            return self._finish(super().forward(input), residual)
+        if residual is None or self._can_add(input, residual):
+            return conv3x3(input.to(torch.bfloat16), self._packed, self.bias, residual=residual, relu=self.relu)
+        return self._finish(conv3x3(input.to(torch.bfloat16), self._packed, self.bias), residual)
+
+    def _can_add(self, input: Tensor, residual: Tensor) -> bool:
+        shape = (input.shape[0], self.out_channels, *input.shape[2:])
+        return residual.dtype == torch.bfloat16 and residual.shape == shape
+
+    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        out = out if residual is None else out + residual
+        return F.relu(out) if self.relu else out
+
+
+class AffineReLU(nn.BatchNorm2d):
+    """A batch normalisation in eval mode and the ReLU after it.
+
+    Args:
+        norm: Weight, bias and statistics are its own.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.eval()
+        self._scale, self._shift = self._current()
+
+    def refresh(self) -> None:
+        """Takes the current weight, bias and statistics, into the same memory."""
+        scale, shift = self._current()
+        self._scale.copy_(scale)
+        self._shift.copy_(shift)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In the dtype of the input."""
+        if input.dtype == torch.bfloat16 and input.dim() == 4:
+            return affine_relu(input, self._scale, self._shift)
+        return F.relu(super().forward(input))
+
+    @torch.no_grad()
+    def _current(self) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None and self.running_var is not None
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        return scale, shift + self.bias if self.affine else shift
+
+
+def can_be_winograd(conv: nn.Module) -> bool:
+    """Whether a convolution is of the kind that is faster so on this machine: in bfloat16, on a CPU."""
+    return (
+        is_fast()
+        # AMX multiplies many times faster than it loads: there the transformations cost more than they save.
+        and not torch.cpu._is_amx_tile_supported()
+        and type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding in ((1, 1), "same")
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+        and min(conv.in_channels, conv.out_channels) >= _FEWEST_CHANNELS
+        and conv.weight.device.type == "cpu"
+    )
