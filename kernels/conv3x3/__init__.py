@@ -1,4 +1,4 @@
-"""A 3 x 3 convolution by Winograd's F(2 x 2, 3 x 3): ``torch.ops.pbe_fast.conv3x3`` and ``conv3x3_pack``."""
+"""A 3 x 3 convolution by Winograd's F(2 x 2, 3 x 3): ``torch.ops.pbe_fast.conv3x3``, and what belongs to it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pbe_fast.kernels.conv3x3 import reference
 GROUP = reference.GROUP
 
 backends.LIB.define("conv3x3_pack(Tensor weight, bool transposed) -> Tensor")
+backends.LIB.define("conv3x3_weight_gradient(Tensor x, Tensor grad) -> Tensor")
 backends.LIB.define(
     "conv3x3(Tensor x, Tensor? mask, Tensor packed, Tensor packed_transposed, Tensor? bias, Tensor? residual, "
     "bool relu, int channels_out) -> Tensor"
@@ -87,6 +88,29 @@ def conv3x3(
     return out
 
 
+def weight_gradient(x: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:
+    """The gradient of the weight of a convolution without ``residual``, ``relu`` and ``mask``.
+
+    Args:
+        x: bfloat16 (B, C, H, W), what went in.
+        grad: bfloat16 (B, K, H, W), the gradient of what came out.
+        backend: As for `pack`.
+
+    Returns:
+        float32 (K, C, 3, 3), channels_last, summed in float32. It carries no gradient.
+
+    Raises:
+        ValueError: Shapes or devices that do not fit together, or a backend for another device.
+        TypeError: A dtype that is not accepted.
+        RuntimeError: ``backend`` is not available here.
+    """
+    run = torch.ops.pbe_fast.conv3x3_weight_gradient.default
+    if backend is not None:
+        run = _weight_gradient(_named(backend, x))
+    out: Tensor = run(x, grad)
+    return out
+
+
 def is_fast() -> bool:
     """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
     return backends.missing("conv3x3", "native") is None
@@ -105,10 +129,11 @@ class Conv(NamedTuple):
 
 
 class Version(NamedTuple):
-    """One version of the two operations."""
+    """One version of the three operations."""
 
     pack: Callable[[Tensor, bool], Tensor]
     conv: Callable[[Conv], Tensor]
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
 
 
 def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
@@ -154,12 +179,19 @@ def _check(job: Conv, packed_transposed: Tensor) -> None:
 
 
 def _pack_native(weight: Tensor, transposed: bool) -> Tensor:
-    filters = weight.transpose(0, 1) if transposed else weight
-    channels_out, channels_in = filters.shape[:2]
-    packed = torch.empty(_packed_shape(channels_out, channels_in), dtype=torch.bfloat16)
-    rows = filters.to(torch.float32).permute(1, 2, 3, 0).contiguous()
+    channels_out, channels_in = weight.shape[:2]
+    # (K, 3, 3, C): what channels_last has.
+    rows = weight.to(torch.float32).permute(0, 2, 3, 1).contiguous()
+    if transposed:
+        sizes = (channels_in, channels_out)
+        strides = (9 * channels_in, channels_in)
+    else:
+        rows = rows.view(channels_out, -1).t().contiguous()
+        sizes = (channels_out, channels_in)
+        strides = (channels_out, channels_in * channels_out)
+    packed = torch.empty(_packed_shape(*sizes), dtype=torch.bfloat16)
     backends.native_op("conv3x3").pack(
-        rows.data_ptr(), channels_out, channels_in, transposed, packed.data_ptr(), torch.get_num_threads()
+        rows.data_ptr(), *sizes, *strides, transposed, packed.data_ptr(), torch.get_num_threads()
     )
     return packed
 
@@ -187,6 +219,23 @@ def _conv_native(job: Conv) -> Tensor:
     return out
 
 
+def _weight_gradient_native(x: Tensor, grad: Tensor) -> Tensor:
+    batch, channels_in, height, width = x.shape
+    rows, grads, out = _rows(x), _rows(grad), _weight_gradient_nothing(x, grad)
+    backends.native_op("conv3x3").weight_gradient(
+        _address(rows),
+        _address(grads),
+        out.data_ptr(),
+        batch,
+        height,
+        width,
+        channels_in,
+        grad.shape[1],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _rows(images: Tensor | None) -> Tensor | None:
     """Dense (B, H, W, C): with one channel or pixel, a channels_last tensor may have other strides."""
     return None if images is None else images.permute(0, 2, 3, 1).contiguous()
@@ -200,6 +249,11 @@ def _conv_nothing(job: Conv) -> Tensor:
     # No view of other memory: a model may change it in place.
     shape = (job.x.shape[0], job.channels_out, *job.x.shape[2:])
     return torch.empty(shape, dtype=torch.bfloat16, device=job.x.device, memory_format=torch.channels_last)
+
+
+def _weight_gradient_nothing(x: Tensor, grad: Tensor) -> Tensor:
+    shape = (grad.shape[1], x.shape[1], 3, 3)
+    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
 def _pack_nothing(weight: Tensor, transposed: bool) -> Tensor:
@@ -235,12 +289,33 @@ def _conv(version: Version) -> Callable[..., Tensor]:
     return call
 
 
-_REFERENCE = Version(reference.pack, lambda job: reference.conv3x3(*job))
-_NATIVE = Version(_pack_native, _conv_native)
-_NOTHING = Version(_pack_nothing, _conv_nothing)
+def _weight_gradient(version: Version) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(x: Tensor, grad: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16 or grad.dtype != torch.bfloat16:
+            raise TypeError(f"x and grad; got {x.dtype} and {grad.dtype}; accepted: bfloat16")
+        fits = x.dim() == grad.dim() == 4 and x.shape[0] == grad.shape[0] and x.shape[2:] == grad.shape[2:]
+        if not fits or x.device != grad.device:
+            got = f"{tuple(x.shape)} on {x.device} and {tuple(grad.shape)} on {grad.device}"
+            raise ValueError(f"x and grad; got {got}; accepted: (B, C, H, W) and (B, K, H, W), on one device")
+        return version.weight_gradient(x, grad)
+
+    return call
+
+
+def _weight_gradient_reference(x: Tensor, grad: Tensor) -> Tensor:
+    return reference.weight_gradient(x, grad).contiguous(memory_format=torch.channels_last)
+
+
+_REFERENCE = Version(reference.pack, lambda job: reference.conv3x3(*job), _weight_gradient_reference)
+_NATIVE = Version(_pack_native, _conv_native, _weight_gradient_native)
+_NOTHING = Version(_pack_nothing, _conv_nothing, _weight_gradient_nothing)
 _cpu = _NATIVE if is_fast() else _REFERENCE
 
-for _name, _form in (("conv3x3_pack", _pack), ("conv3x3", _conv)):
+for _name, _form in (
+    ("conv3x3_pack", _pack),
+    ("conv3x3", _conv),
+    ("conv3x3_weight_gradient", _weight_gradient),
+):
     backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
     backends.LIB.impl(_name, _form(_cpu), "CPU")
     torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)

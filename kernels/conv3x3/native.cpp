@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "avx512.h"
+#include "conv3x3/winograd_avx512.h"
 #include "parallel.h"
 
 namespace pbe::conv3x3 {
@@ -11,34 +11,10 @@ namespace pbe::conv3x3 {
 #ifdef PBE_X86
 namespace {
 
-#define PBE_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-
-using pbe::avx512::first_lanes;
-
-// Positions of a transformed 4 x 4 tile.
-constexpr int kPositions = 16;
 // Transformed tiles and their products, of one thread: small enough for its second-level cache.
 constexpr std::int64_t kScratchBytes = 1 << 16;
 // Tiles are padded to a multiple of every register block's height.
 constexpr std::int64_t kTileStep = 16;
-
-PBE_BF16 PBE_INLINE __m512 load(const std::uint16_t* data, __mmask16 lanes) {
-  return avx512::load<DType::bf16>(data, lanes);
-}
-
-// Those of the lanes where the number is above zero.
-PBE_BF16 PBE_INLINE __mmask16 positive(const std::uint16_t* data, __mmask16 lanes) {
-  return _mm256_cmpgt_epi16_mask(_mm256_maskz_loadu_epi16(lanes, data), _mm256_setzero_si256());
-}
-
-// Subnormal numbers become zero, as in the products.
-PBE_BF16 PBE_INLINE __m256i narrow(__m512 value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
-
-PBE_BF16 PBE_INLINE __m512bh pair(const std::uint16_t* data) {
-  std::int32_t both;
-  std::memcpy(&both, data, sizeof both);
-  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
-}
 
 // How the work is cut: rows of tiles, `rows` of them at a time through the scratch memory of one thread.
 struct Plan {
@@ -66,52 +42,25 @@ struct Plan {
 };
 
 // B^T d B of one row of tiles: V[position][tile][channel in] of a block of `plan.tiles`, from `first` on.
-// B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]. What is outside of the image is zero: no lane of it is loaded.
 template <bool HasMask>
 PBE_BF16 void transform_input(const Job& job, const Plan& plan, std::int64_t row, std::uint16_t* v,
                               std::int64_t first) {
-  const std::int64_t image = row / plan.tiles_down, top = 2 * (row % plan.tiles_down) - 1;
-  std::int64_t rows[4];
-  bool inside[4];
-  for (int i = 0; i < 4; ++i) {
-    inside[i] = top + i >= 0 && top + i < job.height;
-    const std::int64_t y = inside[i] ? top + i : 0;
-    rows[i] = (image * job.height + y) * job.width * job.channels_in;
-  }
+  const Lines lines({job.x, job.mask, job.height, job.width, job.channels_in}, row);
   for (std::int64_t channel = 0; channel < job.channels_in; channel += kGroup) {
     const __mmask16 lanes = first_lanes(job.channels_in - channel);
-    // B^T d of one column of pixels.
-    const auto column = [&](std::int64_t x, __m512 out[4]) PBE_BF16 {
-      const bool is_inside = x < job.width;
-      const std::int64_t offset = (is_inside ? x : 0) * job.channels_in + channel;
-      __m512 d[4];
-      for (int i = 0; i < 4; ++i) {
-        const std::int64_t at = rows[i] + offset;
-        __mmask16 here = is_inside && inside[i] ? lanes : __mmask16{0};
-        if constexpr (HasMask) here = positive(job.mask + at, here);
-        d[i] = load(job.x + at, here);
-      }
-      out[0] = _mm512_sub_ps(d[0], d[2]);
-      out[1] = _mm512_add_ps(d[1], d[2]);
-      out[2] = _mm512_sub_ps(d[2], d[1]);
-      out[3] = _mm512_sub_ps(d[1], d[3]);
-    };
     // Two of a tile's four columns are its neighbour's.
     __m512 c[4][4];
     for (int i = 0; i < 4; ++i) c[0][i] = _mm512_setzero_ps();
-    column(0, c[1]);
+    column<HasMask>(lines, 0, channel, lanes, c[1]);
     for (std::int64_t tile = 0; tile < plan.tiles_across; ++tile) {
-      column(2 * tile + 1, c[2]);
-      column(2 * tile + 2, c[3]);
-      std::uint16_t* out = v + (first + tile) * plan.depth + channel;
-      const auto put = [&](int position, __m512 value) PBE_BF16 {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + position * plan.tile_stride), narrow(value));
-      };
+      column<HasMask>(lines, 2 * tile + 1, channel, lanes, c[2]);
+      column<HasMask>(lines, 2 * tile + 2, channel, lanes, c[3]);
+      std::uint16_t* const out = v + (first + tile) * plan.depth + channel;
       for (int i = 0; i < 4; ++i) {
-        put(4 * i, _mm512_sub_ps(c[0][i], c[2][i]));
-        put(4 * i + 1, _mm512_add_ps(c[1][i], c[2][i]));
-        put(4 * i + 2, _mm512_sub_ps(c[2][i], c[1][i]));
-        put(4 * i + 3, _mm512_sub_ps(c[1][i], c[3][i]));
+        __m512 d[4];
+        line(c[0], c[1], c[2], c[3], i, d);
+        for (int j = 0; j < 4; ++j)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 * i + j) * plan.tile_stride), narrow(d[j]));
         c[0][i] = c[2][i];
         c[1][i] = c[3][i];
       }
@@ -254,31 +203,25 @@ PBE_BF16 PBE_INLINE void transform_filters(const __m512 g[3][3], __m512 out[kPos
 }
 
 // One group of channels out, which are lanes; two channels in make a pair.
-PBE_BF16 void pack_group(const float* weight, std::int64_t channels_out, std::int64_t channels_in, bool rotated,
-                         std::int64_t group, std::uint16_t* packed) {
-  const std::int64_t pairs = groups_of(channels_in) * kGroup / 2;
-  const __mmask16 lanes = first_lanes(channels_out - group * kGroup);
+PBE_BF16 void pack_group(const Filters& filters, std::int64_t group, std::uint16_t* packed) {
+  const std::int64_t pairs = groups_of(filters.channels_in) * kGroup / 2;
+  const __mmask16 lanes = first_lanes(filters.channels_out - group * kGroup);
   std::uint16_t* const out = packed + group * kPositions * pairs * 2 * kGroup;
-  // 0, 16, 1, 17, ...: from two halves to pairs.
-  alignas(64) std::uint16_t order[2 * kGroup];
-  for (int i = 0; i < 2 * kGroup; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * kGroup);
-  const __m512i interleaved = _mm512_load_si512(order);
+  const Interleaving by;
   for (std::int64_t k = 0; k < pairs; ++k) {
     __m512 u[2][kPositions];
     for (int i = 0; i < 2; ++i) {
       const std::int64_t channel = 2 * k + i;
-      const bool exists = channel < channels_in;
-      const float* const filters = weight + (exists ? channel : 0) * 9 * channels_out + group * kGroup;
+      const bool exists = channel < filters.channels_in;
+      const float* const weight = filters.weight + (exists ? channel : 0) * filters.channel_stride + group * kGroup;
       __m512 g[3][3];
       for (int tap = 0; tap < 9; ++tap)
-        g[tap / 3][tap % 3] =
-            _mm512_maskz_loadu_ps(exists ? lanes : __mmask16{0}, filters + (rotated ? 8 - tap : tap) * channels_out);
+        g[tap / 3][tap % 3] = _mm512_maskz_loadu_ps(exists ? lanes : __mmask16{0},
+                                                    weight + (filters.rotated ? 8 - tap : tap) * filters.tap_stride);
       transform_filters(g, u[i]);
     }
-    for (int position = 0; position < kPositions; ++position) {
-      const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(u[1][position], u[0][position]));
-      _mm512_storeu_si512(out + (position * pairs + k) * 2 * kGroup, _mm512_permutexvar_epi16(interleaved, halves));
-    }
+    for (int position = 0; position < kPositions; ++position)
+      _mm512_storeu_si512(out + (position * pairs + k) * 2 * kGroup, interleaved(by, u[0][position], u[1][position]));
   }
 }
 
@@ -292,11 +235,9 @@ void run(const Job& job, int threads) {
                [&](std::int64_t begin, std::int64_t end) { run_rows(job, plan, begin, end); });
 }
 
-void pack(const float* weight, std::int64_t channels_out, std::int64_t channels_in, bool rotated, std::uint16_t* packed,
-          int threads) {
-  parallel_for(groups_of(channels_out), 4, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t group = begin; group < end; ++group)
-      pack_group(weight, channels_out, channels_in, rotated, group, packed);
+void pack(const Filters& filters, std::uint16_t* packed, int threads) {
+  parallel_for(groups_of(filters.channels_out), 4, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t group = begin; group < end; ++group) pack_group(filters, group, packed);
   });
 }
 
@@ -304,7 +245,7 @@ void pack(const float* weight, std::int64_t channels_out, std::int64_t channels_
 
 bool is_supported() { return false; }
 void run(const Job&, int) {}
-void pack(const float*, std::int64_t, std::int64_t, bool, std::uint16_t*, int) {}
+void pack(const Filters&, std::uint16_t*, int) {}
 
 #endif
 

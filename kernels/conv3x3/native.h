@@ -27,14 +27,29 @@ struct Job {
   bool relu;
 };
 
-// Whether this processor has the instructions (level bf16); without them the two functions below must not be called.
+// Whether this processor has the instructions (level bf16); without them none of the functions below may be called.
 bool is_supported();
 
 void run(const Job& job, int threads);
 
+// 3 x 3 filters whose channels out lie side by side, to be rotated by half a turn or not.
+struct Filters {
+  const float* weight;
+  std::int64_t channels_out, channels_in, channel_stride, tap_stride;  // strides: of the channels in, of the 9 taps
+  bool rotated;
+};
+
 // The transformed filters as `run` reads them: (groups out, 16 positions, pairs of channels in, 16 channels out, 2).
-// `weight` is (channels_in, 3, 3, channels_out), to be rotated by half a turn or not.
-void pack(const float* weight, std::int64_t channels_out, std::int64_t channels_in, bool rotated, std::uint16_t* packed,
-          int threads);
+void pack(const Filters& filters, std::uint16_t* packed, int threads);
+
+// The gradient of the weight, from the images that went in and the gradient of what came out.
+struct Gradient {
+  const std::uint16_t* x;     // (images, height, width, channels_in) bfloat16
+  const std::uint16_t* grad;  // (images, height, width, channels_out) bfloat16
+  float* out;                 // (channels_out, 3, 3, channels_in)
+  std::int64_t images, height, width, channels_in, channels_out;
+};
+
+void weight_gradient(const Gradient& job, int threads);
 
 }  // namespace pbe::conv3x3

@@ -37,11 +37,8 @@ def conv3x3(
     height, width = x.shape[2:]
     if mask is not None:
         x = x.where(mask > 0, 0.0)
-    # A frame of zeros, and one more line where the number of lines is odd.
-    framed = F.pad(x.float(), (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = framed.unfold(2, 4, 2).unfold(3, 4, 2)
-    b, a = (torch.tensor(matrix, device=x.device) for matrix in (_B, _A))
-    v = torch.einsum("ia,bcyxad,jd->bcyxij", b, tiles, b).bfloat16().float()
+    v = _transformed(x)
+    a = torch.tensor(_A, device=x.device)
     u = packed.float().permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, :channels_out, : x.shape[1]]
     m = torch.einsum("pkc,bcyxp->bkyxp", u, v.flatten(4)).unflatten(4, (4, 4))
     y = torch.einsum("ia,bkyxad,jd->bkyixj", a, m, a).flatten(4).flatten(2, 3)[:, :, :height, :width]
@@ -52,3 +49,22 @@ def conv3x3(
     if relu:
         y = y.relu()
     return y.to(torch.bfloat16, memory_format=torch.channels_last)
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Of the weight: float32 (K, C, 3, 3), from inputs (B, C, H, W) and the outputs' gradient (B, K, H, W)."""
+    a, g = (torch.tensor(matrix, device=x.device) for matrix in (_A, _G))
+    height, width = x.shape[2:]
+    tiles = F.pad(grad.float(), (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
+    z = torch.einsum("ai,bkyxac,cj->bkyxij", a, tiles, a).bfloat16().float()
+    m = torch.einsum("bkyxij,bcyxij->kcij", z, _transformed(x))
+    return torch.einsum("ia,kcij,jb->kcab", g, m, g)
+
+
+def _transformed(x: Tensor) -> Tensor:
+    """B^T d B of all tiles, rounded: (B, C, rows of tiles, tiles in a row, 4, 4) float32."""
+    height, width = x.shape[2:]
+    # A frame of zeros, and one more line where the number of lines is odd.
+    framed = F.pad(x.float(), (1, 1 + width % 2, 1, 1 + height % 2))
+    b = torch.tensor(_B, device=x.device)
+    return torch.einsum("ia,bcyxad,jd->bcyxij", b, framed.unfold(2, 4, 2).unfold(3, 4, 2), b).bfloat16().float()
