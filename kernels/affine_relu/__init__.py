@@ -67,8 +67,7 @@ def _native_forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         scale.data_ptr(),
         shift.data_ptr(),
         out.data_ptr(),
-        rows.shape[:3].numel(),
-        rows.shape[3],
+        *_pixels(rows),
         torch.get_num_threads(),
     )
     return out
@@ -81,16 +80,20 @@ def _native_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         outputs.data_ptr(),
         scale.data_ptr(),
         out.data_ptr(),
-        rows.shape[:3].numel(),
-        rows.shape[3],
+        *_pixels(rows),
         torch.get_num_threads(),
     )
     return out
 
 
 def _rows(images: Tensor) -> Tensor:
-    """Dense (B, H, W, C): with one channel or pixel, a channels_last tensor may have other strides."""
-    return images.permute(0, 2, 3, 1).contiguous()
+    """In memory (B, H, W, C), whatever the strides of dimensions of size one."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(images: Tensor) -> tuple[int, int]:
+    batch, channels, height, width = images.shape
+    return batch * height * width, channels
 
 
 def _empty(x: Tensor, *_: Tensor) -> Tensor:
@@ -131,13 +134,32 @@ for _name, _form in (("affine_relu", _forward), ("affine_relu_backward", _backwa
     torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
+class _Gradient(torch.autograd.Function):
+    """The gradient of `affine_relu`; see that of conv3x3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        output = _below(x, scale, shift)
+        ctx.save_for_backward(output, scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        output, scale = ctx.saved_tensors
+        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale), None, None
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    output, scale = ctx.saved_tensors
-    return torch.ops.pbe_fast.affine_relu_backward(grad, output, scale), None, None
+def _below(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.pbe_fast.affine_relu.default(x, scale, shift)
+    return out
 
 
-torch.library.register_autograd("pbe_fast::affine_relu", _gradient, setup_context=_setup_context, lib=backends.LIB)
+def _with_gradient(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Gradient.apply(x, scale, shift)
+        return out
+    return _below(x, scale, shift)
+
+
+backends.LIB.impl("affine_relu", _with_gradient, "Autograd")

@@ -142,40 +142,39 @@ def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
 
 
 def _check(job: Conv, packed_transposed: Tensor) -> None:
-    x, channels_out = job.x, job.channels_out
-    if x.dim() != 4:
-        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: (B, C, H, W)")
-    batch, channels_in, height, width = x.shape
-    for name, filters, shape in (
-        ("packed", job.packed, _packed_shape(channels_out, channels_in)),
-        ("packed_transposed", packed_transposed, _packed_shape(channels_in, channels_out)),
-    ):
-        if filters.dtype != torch.bfloat16 or filters.shape != shape or not filters.is_contiguous():
-            raise ValueError(
-                f"{name}; got {filters.dtype} {tuple(filters.shape)}; accepted: contiguous bfloat16 {shape}, from "
-                f"pack of a weight ({channels_out}, {channels_in}, 3, 3)"
-            )
-    others = [job.packed, packed_transposed]
-    for name, image, channels in (
-        ("x", x, channels_in),
-        ("mask", job.mask, channels_in),
-        ("residual", job.residual, channels_out),
-    ):
-        if image is None:
-            continue
-        others.append(image)
-        if image.dtype != torch.bfloat16:
-            raise TypeError(f"{name}; got {image.dtype}; accepted: bfloat16")
-        if image.shape != (batch, channels, height, width):
-            raise ValueError(f"{name}; got {tuple(image.shape)}; accepted: {(batch, channels, height, width)}")
-    if job.bias is not None:
-        others.append(job.bias)
-        if job.bias.dtype != torch.float32 or job.bias.shape != (channels_out,):
-            got = f"{job.bias.dtype} {tuple(job.bias.shape)}"
-            raise ValueError(f"bias; got {got}; accepted: float32 ({channels_out},)")
-    for other in others:
-        if other.device != x.device:
-            raise ValueError(f"devices; got {other.device}; accepted: that of x, {x.device}")
+    x, shape, channels_out, device = job.x, job.x.shape, job.channels_out, job.x.device
+    if len(shape) != 4:
+        raise ValueError(f"x; got shape {tuple(shape)}; accepted: (B, C, H, W)")
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"x; got {x.dtype}; accepted: bfloat16")
+    _check_filters("packed", job.packed, channels_out, shape[1], device)
+    _check_filters("packed_transposed", packed_transposed, shape[1], channels_out, device)
+    if job.mask is not None:
+        _check_images("mask", job.mask, shape, device)
+    if job.residual is not None:
+        _check_images("residual", job.residual, torch.Size((shape[0], channels_out, *shape[2:])), device)
+    bias = job.bias
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (channels_out,) or bias.device != device):
+        got = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise ValueError(f"bias; got {got}; accepted: float32 ({channels_out},) on {device}")
+
+
+def _check_filters(name: str, filters: Tensor, channels_out: int, channels_in: int, device: torch.device) -> None:
+    shape = _packed_shape(channels_out, channels_in)
+    fits = filters.dtype == torch.bfloat16 and filters.shape == shape and filters.is_contiguous()
+    if not fits or filters.device != device:
+        raise ValueError(
+            f"{name}; got {filters.dtype} {tuple(filters.shape)} on {filters.device}; accepted: contiguous bfloat16 "
+            f"{shape} on {device}, as from pack for {channels_in} channels in and {channels_out} out"
+        )
+
+
+def _check_images(name: str, images: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if images.dtype != torch.bfloat16:
+        raise TypeError(f"{name}; got {images.dtype}; accepted: bfloat16")
+    if images.shape != shape or images.device != device:
+        got = f"{tuple(images.shape)} on {images.device}"
+        raise ValueError(f"{name}; got {got}; accepted: {tuple(shape)} on {device}")
 
 
 def _pack_native(weight: Tensor, transposed: bool) -> Tensor:
@@ -237,8 +236,10 @@ def _weight_gradient_native(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _rows(images: Tensor | None) -> Tensor | None:
-    """Dense (B, H, W, C): with one channel or pixel, a channels_last tensor may have other strides."""
-    return None if images is None else images.permute(0, 2, 3, 1).contiguous()
+    """In memory (B, H, W, C), whatever the strides of dimensions of size one."""
+    if images is None or images.is_contiguous(memory_format=torch.channels_last):
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -321,26 +322,60 @@ for _name, _form in (
     torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mask, packed, packed_transposed, _, residual, relu, _ = inputs
-    ctx.save_for_backward(packed, packed_transposed, output if relu else None)
-    ctx.channels_in = x.shape[1]
-    ctx.has_residual = residual is not None
-    ctx.has_mask = mask is not None
+class _Gradient(torch.autograd.Function):
+    """The gradients of `conv3x3`; with `torch.library.register_autograd` they take as long as a small convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        packed: Tensor,
+        packed_transposed: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        channels_out: int,
+    ) -> Tensor:
+        output = _below(x, mask, packed, packed_transposed, bias, residual, relu, channels_out)
+        ctx.save_for_backward(packed, packed_transposed, output if relu else None)
+        ctx.channels_in = x.shape[1]
+        ctx.has_residual = residual is not None
+        ctx.has_mask = mask is not None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.has_mask:
+            raise RuntimeError("gradient of conv3x3; got one with a mask, which is itself part of a gradient")
+        packed, packed_transposed, output = ctx.saved_tensors
+        if output is not None and ctx.has_residual:
+            # Both take the same gradient, so it is written down.
+            grad, output = torch.ops.aten.threshold_backward(grad, output, 0), None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _op(grad, output, packed_transposed, packed, None, None, False, ctx.channels_in)
+        return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.has_mask:
-        raise RuntimeError("gradient of conv3x3 with a mask; accepted: without one, as it is itself part of a gradient")
-    packed, packed_transposed, output = ctx.saved_tensors
-    if output is not None and ctx.has_residual:
-        # Both take the same gradient, so it is written down.
-        grad, output = torch.ops.aten.threshold_backward(grad, output, 0), None
-    grad_x = torch.ops.pbe_fast.conv3x3(grad, output, packed_transposed, packed, None, None, False, ctx.channels_in)
-    return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
+_op = torch.ops.pbe_fast.conv3x3.default
 
 
-torch.library.register_autograd("pbe_fast::conv3x3", _backward, setup_context=_setup_context, lib=backends.LIB)
+def _below(*args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = _op(*args)
+    return out
+
+
+def _with_gradient(*args: Any) -> Tensor:
+    x, residual = args[0], args[5]
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        out: Tensor = _Gradient.apply(*args)
+        return out
+    return _below(*args)
+
+
+backends.LIB.impl("conv3x3", _with_gradient, "Autograd")
 
 
 def _named(backend: str, tensor: Tensor) -> Version:
