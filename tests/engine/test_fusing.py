@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.precision import autocast
+from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, is_winograd_machine
+from pbe_fast.models import build_model
+
+SHAPE = (3, 16, 16)
+pytestmark = pytest.mark.skipif(
+    not is_winograd_machine(torch.device("cpu")), reason="no AVX512-BF16 here, or AMX, or no native build"
+)
+
+
+def trained(model: nn.Module, seed: int = 0) -> nn.Module:
+    """With BN statistics and affine parameters that are no identity."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.running_mean, -0.3), (module.running_var, 0.5)):
+                assert tensor is not None
+                tensor.copy_(torch.rand(tensor.shape, generator=g) * 0.6 + low)
+            nn.init.normal_(module.weight, 1.0, 0.3, generator=g)
+            nn.init.normal_(module.bias, 0.0, 0.3, generator=g)
+    return model.eval()
+
+
+def gradient(model: nn.Module, images: Tensor) -> Tensor:
+    images = images.clone().requires_grad_()
+    logits = model(images)
+    (grad,) = torch.autograd.grad(logits.float().square().sum(), images)
+    return grad
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+class Odd(nn.Module):
+    """Sums and ReLUs in all the ways in which they may not, or may, become part of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.a, self.b, self.c, self.twice = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a = self.a(x)
+        x = F.relu(a) + a  # its output is used twice
+        x = self.b(x).relu_() + x  # a ReLU before the sum
+        y = x.clone()
+        y += self.c(x)  # in place
+        x = y
+        x = x + self.twice(self.twice(x))
+        x = torch.relu(self.norm(x)) + self.b.bias.view(-1, 1, 1)
+        return self.head(x.mean((2, 3)))
+
+
+MODELS = {
+    "preact_resnet18": lambda: build_model("preact_resnet18", num_classes=10, width=16),
+    "resnet18": lambda: build_model("resnet18", num_classes=10),
+    "small_cnn": lambda: build_model("small_cnn", num_classes=10, width=16),
+    "odd": Odd,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_those_of_the_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = trained(MODELS[name]())
+    images = torch.rand(4, *SHAPE).contiguous(memory_format=torch.channels_last)
+    fused = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    plain = FrozenCopy(model, dtype=torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    assert any(isinstance(module, WinogradConv2d) for module in fused.modules())
+    assert not any(isinstance(module, WinogradConv2d) for module in plain.modules())
+    expected, expected_gradient = exact(images.double()), gradient(exact, images.double())
+    for function, value in ((lambda m: m(images), expected), (lambda m: gradient(m, images), expected_gradient)):
+        # At most a little further from the exact values than bfloat16 is anyway.
+        assert distance(function(fused), value) < 2 * distance(function(plain), value) + 0.01
+
+
+def test_everything_that_can_be_is_part_of_a_convolution() -> None:
+    model = trained(MODELS["preact_resnet18"]())
+    net = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE).net
+    convs = [module for module in net.modules() if isinstance(module, WinogradConv2d)]
+    assert len(convs) == 13
+    assert sum(conv.relu for conv in convs) == 5
+    assert sum(isinstance(module, AffineReLU) for module in net.modules()) == 8
+    graph = net.graph  # type: ignore[union-attr]
+    assert sum(len(node.args) == 2 for node in graph.nodes if node.op == "call_module") == 8
+
+
+def test_refresh_brings_new_weights_and_statistics() -> None:
+    torch.manual_seed(0)
+    first, second = (trained(MODELS["preact_resnet18"](), seed) for seed in range(2))
+    images = torch.rand(2, *SHAPE)
+    copied = FrozenCopy(first, dtype=torch.bfloat16, image_shape=SHAPE)
+    copied.refresh(second)
+    torch.testing.assert_close(copied(images), FrozenCopy(second, dtype=torch.bfloat16, image_shape=SHAPE)(images))
+
+
+def test_hooks_and_float32_are_left_alone() -> None:
+    model = trained(MODELS["preact_resnet18"]())
+    exact = FrozenCopy(model, image_shape=SHAPE)
+    assert not any(isinstance(module, WinogradConv2d) for module in exact.modules())
+    seen = []
+    model.get_submodule("layer1.0.conv1").register_forward_hook(lambda *_: seen.append(1))
+    hooked = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    hooked(torch.rand(1, *SHAPE))
+    assert seen and type(hooked.net.get_submodule("layer1.0.conv1")) is nn.Conv2d
+
+
+def test_training_takes_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = build_model("preact_resnet18", num_classes=10, width=16).to(memory_format=torch.channels_last)
+    images, labels = torch.rand(32, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
+
+    def gradients(dtype: torch.dtype, fast: bool) -> list[Tensor]:
+        twin = copy.deepcopy(model)
+        if fast or dtype == torch.float32:
+            with autocast(torch.device("cpu"), dtype):
+                logits = twin(images)
+        else:
+            with torch.autocast("cpu", dtype):
+                logits = twin(images)
+        return list(torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(twin.parameters())))
+
+    exact = gradients(torch.float32, False)
+    plain, fast = gradients(torch.bfloat16, False), gradients(torch.bfloat16, True)
+    for e, p, f in zip(exact, plain, fast, strict=True):
+        assert f.dtype == torch.float32
+        assert distance(f, e) < 2 * distance(p, e) + 0.02
+
+
+def test_other_convolutions_in_training_are_called_as_they_are() -> None:
+    x = torch.rand(8, 16, 16, 16)
+    for conv in (
+        nn.Conv2d(16, 16, 3, padding=1, stride=2),
+        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(16, 16, 1),
+        nn.Conv2d(16, 16, 3, padding=1, groups=2),
+        nn.Conv2d(16, 8, 3, padding=1),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = conv(x)
+        with autocast(torch.device("cpu"), torch.bfloat16):
+            got = conv(x)
+        assert torch.equal(got, expected)
