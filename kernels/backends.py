@@ -93,3 +93,23 @@ def require(op: str, backend: str) -> None:
     reason = missing(op, backend)
     if reason is not None:
         raise RuntimeError(f"backend of {op}; got {backend!r}, but {reason}; accepted here: {available_backends()[op]}")
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """In memory (B, H, W, C), whatever the strides of dimensions of size one."""
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def below_autograd(op: Any, *arguments: Any) -> torch.Tensor:
+    """What an operator computes, without its own gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        out: torch.Tensor = op(*arguments)
+    return out
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+    """What the autograd function computes, with its gradient."""
+    out: torch.Tensor = function.apply(*arguments)
+    return out

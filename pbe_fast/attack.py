@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbe_fast.config import AttackConfig, check_kind
+from pbe_fast.config import AttackConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.data.augment import augment
 from pbe_fast.engine.copies import deep_copy
@@ -20,6 +20,7 @@ from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.input_aware import train_along
 from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.options import check_kind
 from pbe_fast.poison import check_target, poison, poison_candidates
 from pbe_fast.triggers import InputAware, Trigger, make_trigger
 

@@ -7,13 +7,14 @@ import math
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe_fast.attack_batch import AttackBatch, per_image
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
 from pbe_fast.engine.folding import FrozenCopy
@@ -25,47 +26,6 @@ from pbe_fast.pgd import input_gradient, random_start, random_windows
 
 # Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next.
 _CPU_ROWS = 64
-
-
-@dataclass
-class _Batch:
-    """Tensors of fixed address that the attack works on, one row per image; ``model_input`` may be ``adversarial``.
-
-    Where only ``windows`` of the images are changed, they hold which pixels those are.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    adversarial: Tensor
-    model_input: Tensor
-    fooled: Tensor
-    windows: Tensor | None = None
-
-    @classmethod
-    def empty(cls, rows: int, shape: tuple[int, ...], device: torch.device, input_dtype: torch.dtype | None) -> _Batch:
-        def pictures(dtype: torch.dtype = torch.float32) -> Tensor:
-            zeros = torch.zeros((rows, *shape), dtype=dtype, device=device)
-            return zeros.contiguous(memory_format=torch.channels_last)
-
-        images, adversarial = pictures(), pictures()
-        labels, ids = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        model_input = adversarial if input_dtype is None else pictures(input_dtype)
-        return cls(images, labels, ids, adversarial, model_input, labels.bool())
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, index: slice | Tensor) -> _Batch:
-        """Some rows: for a slice the same memory, for indices a copy."""
-        adversarial = _pick(self.adversarial, index)
-        shared = self.model_input is self.adversarial
-        model_input = adversarial if shared else _pick(self.model_input, index)
-        images = _pick(self.images, index)
-        windows = None if self.windows is None else self.windows[index]
-        return _Batch(
-            images, self.labels[index], self.ids[index], adversarial, model_input, self.fooled[index], windows
-        )
 
 
 class PGD:
@@ -116,7 +76,9 @@ class PGD:
         self._fixed = device.type == "cuda"
         rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
         input_dtype = dtype if self._mean is not None else None
-        self._batch: _Batch = beside._batch if beside else _Batch.empty(rows, self.image_shape, device, input_dtype)
+        self._batch: AttackBatch = (
+            beside._batch if beside else AttackBatch.empty(rows, self.image_shape, device, input_dtype)
+        )
         windows = None
         if config.window is not None:
             windows = torch.zeros((rows, 1, *self.image_shape[1:]), dtype=torch.bool, device=device)
@@ -178,7 +140,7 @@ class PGD:
             found = self._attack(images[again], labels[again], ids[again], restart)
             new_loss, new_fooled = self._judge(found, labels[again])
             better = new_loss > loss[again]
-            best[again] = torch.where(_per_image(better), found, best[again])
+            best[again] = torch.where(per_image(better), found, best[again])
             loss[again] = torch.where(better, new_loss, loss[again])
             fooled[again] |= new_fooled
 
@@ -200,14 +162,14 @@ class PGD:
             out[part] = here.adversarial
         return out
 
-    def _run(self, batch: _Batch) -> None:
+    def _run(self, batch: AttackBatch) -> None:
         """Eq. 5 and 6, K times."""
         self._start(batch)
         for _ in range(self.config.steps):
             gradient, _ = input_gradient(self._forward, batch.model_input, batch.labels)
             self._update(batch, gradient)
 
-    def _start(self, batch: _Batch) -> None:
+    def _start(self, batch: AttackBatch) -> None:
         if self.config.random_start:
             start = random_start(batch.images, batch.ids, self.config, self._key, self._restart)
             batch.adversarial.copy_(start)
@@ -221,7 +183,7 @@ class PGD:
         assert self.config.window is not None
         return random_windows(images, ids, self.config.window, self._key, self._restart)
 
-    def _set_input(self, batch: _Batch) -> None:
+    def _set_input(self, batch: AttackBatch) -> None:
         if batch.model_input is not batch.adversarial:
             batch.model_input.copy_(self._normalised(batch.adversarial))
 
@@ -230,7 +192,7 @@ class PGD:
             return images
         return (images - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
 
-    def _update(self, batch: _Batch, gradient: Tensor) -> None:
+    def _update(self, batch: AttackBatch, gradient: Tensor) -> None:
         if batch.windows is not None:
             gradient = gradient * batch.windows
         apart = None if batch.model_input is batch.adversarial else batch.model_input
@@ -260,7 +222,7 @@ class PGD:
         done = torch.ones_like(slots, dtype=torch.bool)
         ages, following = torch.zeros_like(slots), torch.full_like(slots[:1], len(batch))
         for step in itertools.count(1):
-            picture, source = _per_image(done), slots.clamp(max=n - 1)
+            picture, source = per_image(done), slots.clamp(max=n - 1)
             batch.images.copy_(torch.where(picture, images[source], batch.images))
             batch.labels.copy_(torch.where(done, labels[source], batch.labels))
             batch.adversarial.copy_(torch.where(picture, starts[source], batch.adversarial))
@@ -285,13 +247,13 @@ class PGD:
                     batch, slots, done, ages = batch.rows(left), slots[left], done[left], ages[left]
         return torch.empty_like(images).copy_(out[:n])
 
-    def _step(self, batch: _Batch) -> None:
+    def _step(self, batch: AttackBatch) -> None:
         """One step, except for images that are misclassified already."""
         gradient, logits = input_gradient(self._forward, batch.model_input, batch.labels)
         batch.fooled.copy_(logits.argmax(1) != batch.labels)
         before = batch.adversarial.clone()
         self._update(batch, gradient)
-        batch.adversarial.copy_(torch.where(_per_image(batch.fooled), before, batch.adversarial))
+        batch.adversarial.copy_(torch.where(per_image(batch.fooled), before, batch.adversarial))
 
     @torch.no_grad()
     def _judge(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,6 +290,9 @@ class PGD:
 
     def _decide(self, images: int, seconds: float) -> None:
         """Compiles if what is left of the planned work, at this speed, pays for it."""
+        if self._copy.is_fused:
+            # Compiled, it is 12 % slower at width 16 and 9 % faster at width 64.
+            return
         left = self._planned - 2 * images
         if worth_compiling(left * seconds / images, self._device):
             self._compile()
@@ -338,14 +303,3 @@ def _apart(model: nn.Module) -> tuple[nn.Module, Tensor | None, Tensor | None]:
     if type(model) is not Normalized or model._forward_hooks or model._forward_pre_hooks:
         return model, None, None
     return model.net, model.mean.float().flatten(), model.std.float().flatten()
-
-
-def _pick(tensor: Tensor, index: slice | Tensor) -> Tensor:
-    picked = tensor[index]
-    if isinstance(index, Tensor):
-        return picked.contiguous(memory_format=torch.channels_last)
-    return picked
-
-
-def _per_image(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)

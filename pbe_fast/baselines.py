@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pbe_fast.config import FineTuneConfig, check_types, option
-from pbe_fast.config import _check as check
+from pbe_fast.config import FineTuneConfig
+from pbe_fast.options import check, check_types, option
 
 # As in BackdoorBench; augmentation, momentum and weight decay are those of every fine-tuning here.
 _BASELINE_TUNING = FineTuneConfig(lr=1e-2, batch_size=256, mix_clean=False, distill_weight=0.0)

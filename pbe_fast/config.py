@@ -1,81 +1,21 @@
 """Every option of the package, as frozen dataclasses with defaults that work.
 
 The command line builds its flags from these fields (``help`` and ``choices`` in their metadata), and reports
-store them as `to_dict` gives them.
+store them as `pbe_fast.options.to_dict` gives them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from pbe_fast.errors import InputError
+from pbe_fast.options import check, check_types, option
 
 # Sides of windows that a scan is calibrated for, as shares of the image's.
 CALIBRATED_WINDOWS = (0.125, 0.25)
 AUGMENT_CHOICES = ("none", "crop", "crop+flip", "auto")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the text that ``--help`` prints for it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def _check(condition: bool, name: str, got: object, accepted: str) -> None:
-    if not condition:
-        raise InputError(f"option '{name}'", got=got, accepted=accepted)
-
-
-def check_types(config: Any) -> None:
-    """Refuses a field of another type than it is declared with: ``eps="x"``, ``steps=2.5``, a config of another kind.
-
-    Raises:
-        InputError: The first such field.
-    """
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if typing.get_origin(kind) is tuple:
-            right = isinstance(value, tuple | list) and all(_is_a(part, float) for part in value)
-            _check(right, name, repr(value), "numbers, as a tuple")
-        else:
-            kinds = typing.get_args(kind) or (kind,)
-            accepted = " or ".join(_KINDS.get(k, f"a {k.__name__}") for k in kinds)
-            _check(any(_is_a(value, k) for k in kinds), name, repr(value), accepted)
-
-
-_KINDS: dict[type, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "None",
-}
-_ABSTRACT = {int: numbers.Integral, float: numbers.Real}
-
-
-def _is_a(value: object, kind: type) -> bool:
-    # True is an int, and nobody means it as one. numpy's numbers will do.
-    return isinstance(value, _ABSTRACT.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
-
-
-def check_kind(config: object, kind: type[Any]) -> None:
-    """Refuses options of another kind than a function takes.
-
-    Raises:
-        InputError: A dict, or another config.
-    """
-    if not isinstance(config, kind):
-        hint = f"; a dict of options is {kind.__name__}(**options)" if isinstance(config, dict) else ""
-        raise InputError("config", got=type(config).__name__, accepted=f"a {kind.__name__}{hint}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +36,15 @@ class PGDConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
-        _check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
-        _check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
-        _check(self.steps >= 1, "steps", self.steps, "1 or more")
-        _check(self.window is None or 0 < self.window <= 1, "window", self.window, "above 0 and at most 1")
-        _check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
+        check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
+        check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
+        check(self.steps >= 1, "steps", self.steps, "1 or more")
+        check(self.window is None or 0 < self.window <= 1, "window", self.window, "above 0 and at most 1")
+        check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
         alone = "1, or more with random_start=True (--random-start) or a window"
-        _check(self.restarts == 1 or self.draws, "restarts", self.restarts, alone)
-        _check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
+        check(self.restarts == 1 or self.draws, "restarts", self.restarts, alone)
+        check(self.compile in ("auto", "on", "off"), "compile", self.compile, "auto, on, off")
 
     @property
     def draws(self) -> bool:
@@ -135,8 +75,8 @@ class WaveConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(0 < self.amplitude < math.inf, "amplitude", self.amplitude, "above 0")
-        _check(0 < self.max_cycles < math.inf, "max_cycles", self.max_cycles, "above 0")
+        check(0 < self.amplitude < math.inf, "amplitude", self.amplitude, "above 0")
+        check(0 < self.max_cycles < math.inf, "max_cycles", self.max_cycles, "above 0")
 
     @property
     def draws(self) -> bool:
@@ -172,14 +112,14 @@ class FineTuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(0 < self.lr < math.inf, "lr", self.lr, "above 0")
-        _check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _check(0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
-        _check(self.augment in AUGMENT_CHOICES, "augment", self.augment, ", ".join(AUGMENT_CHOICES))
-        _check(self.distill_weight >= 0, "distill_weight", self.distill_weight, "0 or more")
-        _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
+        check(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to 1")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check(0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
+        check(self.augment in AUGMENT_CHOICES, "augment", self.augment, ", ".join(AUGMENT_CHOICES))
+        check(self.distill_weight >= 0, "distill_weight", self.distill_weight, "0 or more")
+        check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,23 +176,23 @@ class PurifyConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("adversarial_steps", "clean_steps", "clean_epochs"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _check(
+            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check(
             len(self.eps_factors) >= 1 and all(0 < f < math.inf for f in self.eps_factors),
             "eps_factors",
             self.eps_factors,
             "each above 0, at least one",
         )
         finite = all(0 < a < math.inf for a in self.wave_amplitudes)
-        _check(finite, "wave_amplitudes", self.wave_amplitudes, "each above 0")
+        check(finite, "wave_amplitudes", self.wave_amplitudes, "each above 0")
         sides = all(0 < w <= 1 for w in self.patch_windows)
-        _check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
-        _check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
-        _check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
-        _check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
-        _check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
-        _check(0 <= self.fragile_share < 1, "fragile_share", self.fragile_share, "0 up to 1")
-        _check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
+        check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
+        check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
+        check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
+        check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
+        check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
+        check(0 <= self.fragile_share < 1, "fragile_share", self.fragile_share, "0 up to 1")
+        check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
 
     @classmethod
     def paper(cls) -> PurifyConfig:
@@ -292,10 +232,10 @@ class InputAwareConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("mask_share", "mask_lr", "generator_lr"):
-            _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        _check(0 <= self.mask_density < 1, "mask_density", self.mask_density, "0 up to 1")
+            check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        check(0 <= self.mask_density < 1, "mask_density", self.mask_density, "0 up to 1")
         for name in ("lambda_div", "lambda_norm"):
-            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,17 +258,17 @@ class ScanConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
-        _check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
-        _check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
+        check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
+        check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
+        check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
         # Of other windows nobody knows how uneven benign models are.
         known = set(self.patch_windows) <= set(CALIBRATED_WINDOWS)
         once = len(set(self.patch_windows)) == len(self.patch_windows)
         accepted = f"of {', '.join(map(str, CALIBRATED_WINDOWS))}, each once, or none"
-        _check(known and once, "patch_windows", self.patch_windows, accepted)
-        _check(self.steps >= 1, "steps", self.steps, "1 or more")
-        _check(self.images >= 1, "images", self.images, "1 or more")
-        _check(0 < self.significance < 1, "significance", self.significance, "between 0 and 1")
+        check(known and once, "patch_windows", self.patch_windows, accepted)
+        check(self.steps >= 1, "steps", self.steps, "1 or more")
+        check(self.images >= 1, "images", self.images, "1 or more")
+        check(0 < self.significance < 1, "significance", self.significance, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,8 +288,8 @@ class AttackConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self.setting in ("all_to_one", "all_to_all"), "setting", self.setting, "all_to_one, all_to_all")
-        _check(0 < self.poison_rate < 1, "poison_rate", self.poison_rate, "a fraction between 0 and 1")
-        _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        check(self.setting in ("all_to_one", "all_to_all"), "setting", self.setting, "all_to_one, all_to_all")
+        check(0 < self.poison_rate < 1, "poison_rate", self.poison_rate, "a fraction between 0 and 1")
+        check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         known = AUGMENT_CHOICES[:-1]
-        _check(self.training.augment in known, "augment", self.training.augment, f"{', '.join(known)} in an attack")
+        check(self.training.augment in known, "augment", self.training.augment, f"{', '.join(known)} in an attack")

@@ -11,10 +11,11 @@ from torch import nn
 
 from pbe_fast import runs
 from pbe_fast.attack import train_infected
-from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig, to_dict
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.engine.files import prepare_output
 from pbe_fast.errors import InputError
 from pbe_fast.export import export_onnx, verify_onnx
+from pbe_fast.options import to_dict
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.purify import purify
 from pbe_fast.triggers import TRIGGERS

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.attraction import attack_counts, attracting_labels
-from pbe_fast.config import PurifyConfig, check_kind
+from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet, as_train_and_clean
 from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.copies import frozen_copy, restored
@@ -27,6 +27,7 @@ from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
 from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.options import check_kind
 from pbe_fast.ranking import Ranking, poisoned_share, rank_images
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pbe_fast.baselines import BaselineConfig
-from pbe_fast.config import PurifyConfig, to_dict
+from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.files import atomic_write, prepare_output, replacing, write_text
 from pbe_fast.engine.forward import eval_mode
@@ -26,6 +26,7 @@ from pbe_fast.engine.machine import describe
 from pbe_fast.engine.profile import Profile
 from pbe_fast.errors import InputError
 from pbe_fast.models import ModelSpec, save_model, spec_of
+from pbe_fast.options import to_dict
 from pbe_fast.ranking import Ranking
 
 RANKING_NAME = "ranking.csv"

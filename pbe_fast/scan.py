@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from pbe_fast.attraction import reached_labels
 from pbe_fast.calibration import LEAST_REPRESENTED
-from pbe_fast.config import PGDConfig, ScanConfig, check_kind
+from pbe_fast.config import PGDConfig, ScanConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
 from pbe_fast.models import check_model
+from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
 from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious
 

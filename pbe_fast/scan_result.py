@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pbe_fast.attraction import arrival_shares, shift_shares
 from pbe_fast.calibration import CONCENTRATION, Largest
-from pbe_fast.config import ScanConfig, to_dict
+from pbe_fast.config import ScanConfig
 from pbe_fast.engine.files import prepare_output
 from pbe_fast.engine.machine import describe
+from pbe_fast.options import to_dict
 from pbe_fast.result import plain, write_report
 
 FIGURE_NAME = "scan.png"

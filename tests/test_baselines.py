@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pbe_fast.baselines import BASELINES, METHOD_NAMES, ANPConfig, FinePruningConfig, NADConfig, NeuralCleanseConfig
-from pbe_fast.config import to_dict
 from pbe_fast.errors import InputError
+from pbe_fast.options import to_dict
 
 WRONG: list[tuple[Any, dict[str, Any]]] = [
     *((type(BASELINES[method]), {"epochs": 0}) for method in ("ft", "fp", "nad", "nc")),

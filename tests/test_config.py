@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pbe_fast.baselines import NADConfig
-from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, WaveConfig, to_dict
+from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.errors import InputError
+from pbe_fast.options import to_dict
 from pbe_fast.triggers import TRIGGERS
 
 CONFIGS = (PGDConfig, FineTuneConfig, PurifyConfig, InputAwareConfig, AttackConfig)

@@ -14,10 +14,11 @@ ROOT = Path(pbe_fast.__file__).parent
 # A module may import what stands in a line above its own, and its own package.
 LAYERS = (
     ("errors",),
-    ("kernels", "config"),
+    ("kernels", "options"),
+    ("config",),
     ("engine", "torchvision_compat", "baselines"),
     ("data", "models", "triggers"),
-    ("calibration", "poison", "pgd", "waves", "metrics"),
+    ("attack_batch", "calibration", "poison", "pgd", "waves", "metrics"),
     ("attacker",),
     ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),

@@ -60,7 +60,7 @@ def _check(x: Tensor, **channels: Tensor) -> None:
 
 
 def _native_forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    out, rows = _empty(x), _rows(x)
+    out, rows = _empty(x), backends.channels_last(x)
     scale, shift = scale.contiguous(), shift.contiguous()
     backends.native_op("affine_relu").run(
         rows.data_ptr(),
@@ -74,7 +74,12 @@ def _native_forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _native_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    out, rows, outputs, scale = _empty(grad), _rows(grad), _rows(y), scale.contiguous()
+    out, rows, outputs, scale = (
+        _empty(grad),
+        backends.channels_last(grad),
+        backends.channels_last(y),
+        scale.contiguous(),
+    )
     backends.native_op("affine_relu").backward(
         rows.data_ptr(),
         outputs.data_ptr(),
@@ -84,11 +89,6 @@ def _native_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
-
-
-def _rows(images: Tensor) -> Tensor:
-    """In memory (B, H, W, C), whatever the strides of dimensions of size one."""
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _pixels(images: Tensor) -> tuple[int, int]:
@@ -134,32 +134,28 @@ for _name, _form in (("affine_relu", _forward), ("affine_relu_backward", _backwa
     torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
 
 
+_op = torch.ops.pbe_fast.affine_relu.default
+
+
 class _Gradient(torch.autograd.Function):
     """The gradient of `affine_relu`; see that of conv3x3."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        output = _below(x, scale, shift)
+        output = backends.below_autograd(_op, x, scale, shift)
         ctx.save_for_backward(output, scale)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         output, scale = ctx.saved_tensors
         return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale), None, None
 
 
-def _below(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = torch.ops.pbe_fast.affine_relu.default(x, scale, shift)
-    return out
-
-
 def _with_gradient(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Gradient.apply(x, scale, shift)
-        return out
-    return _below(x, scale, shift)
+        return backends.applied(_Gradient, x, scale, shift)
+    return backends.below_autograd(_op, x, scale, shift)
 
 
 backends.LIB.impl("affine_relu", _with_gradient, "Autograd")

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from pbe_fast.kernels import backends
-from pbe_fast.kernels.conv3x3 import reference
-
-GROUP = reference.GROUP
+from pbe_fast.kernels.conv3x3.versions import (
+    NATIVE,
+    NOTHING,
+    REFERENCE,
+    Conv,
+    Version,
+    check,
+    check_gradient,
+    check_weight,
+)
 
 backends.LIB.define("conv3x3_pack(Tensor weight, bool transposed) -> Tensor")
 backends.LIB.define("conv3x3_weight_gradient(Tensor x, Tensor grad) -> Tensor")
@@ -104,10 +111,9 @@ def weight_gradient(x: Tensor, grad: Tensor, *, backend: str | None = None) -> T
         TypeError: A dtype that is not accepted.
         RuntimeError: ``backend`` is not available here.
     """
-    run = torch.ops.pbe_fast.conv3x3_weight_gradient.default
     if backend is not None:
-        run = _weight_gradient(_named(backend, x))
-    out: Tensor = run(x, grad)
+        return _weight_gradient(_named(backend, x))(x, grad)
+    out: Tensor = torch.ops.pbe_fast.conv3x3_weight_gradient.default(x, grad)
     return out
 
 
@@ -116,175 +122,18 @@ def is_fast() -> bool:
     return backends.missing("conv3x3", "native") is None
 
 
-class Conv(NamedTuple):
-    """What every version works on: checked tensors."""
-
-    x: Tensor
-    mask: Tensor | None
-    packed: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    relu: bool
-    channels_out: int
-
-
-class Version(NamedTuple):
-    """One version of the three operations."""
-
-    pack: Callable[[Tensor, bool], Tensor]
-    conv: Callable[[Conv], Tensor]
-    weight_gradient: Callable[[Tensor, Tensor], Tensor]
-
-
-def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
-    groups_out, groups_in = -(-channels_out // GROUP), -(-channels_in // GROUP)
-    return (groups_out, 16, groups_in * GROUP // 2, GROUP, 2)
-
-
-def _check(job: Conv, packed_transposed: Tensor) -> None:
-    x, shape, channels_out, device = job.x, job.x.shape, job.channels_out, job.x.device
-    if len(shape) != 4:
-        raise ValueError(f"x; got shape {tuple(shape)}; accepted: (B, C, H, W)")
-    if x.dtype != torch.bfloat16:
-        raise TypeError(f"x; got {x.dtype}; accepted: bfloat16")
-    _check_filters("packed", job.packed, channels_out, shape[1], device)
-    _check_filters("packed_transposed", packed_transposed, shape[1], channels_out, device)
-    if job.mask is not None:
-        _check_images("mask", job.mask, shape, device)
-    if job.residual is not None:
-        _check_images("residual", job.residual, torch.Size((shape[0], channels_out, *shape[2:])), device)
-    bias = job.bias
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (channels_out,) or bias.device != device):
-        got = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        raise ValueError(f"bias; got {got}; accepted: float32 ({channels_out},) on {device}")
-
-
-def _check_filters(name: str, filters: Tensor, channels_out: int, channels_in: int, device: torch.device) -> None:
-    shape = _packed_shape(channels_out, channels_in)
-    fits = filters.dtype == torch.bfloat16 and filters.shape == shape and filters.is_contiguous()
-    if not fits or filters.device != device:
-        raise ValueError(
-            f"{name}; got {filters.dtype} {tuple(filters.shape)} on {filters.device}; accepted: contiguous bfloat16 "
-            f"{shape} on {device}, as from pack for {channels_in} channels in and {channels_out} out"
-        )
-
-
-def _check_images(name: str, images: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if images.dtype != torch.bfloat16:
-        raise TypeError(f"{name}; got {images.dtype}; accepted: bfloat16")
-    if images.shape != shape or images.device != device:
-        got = f"{tuple(images.shape)} on {images.device}"
-        raise ValueError(f"{name}; got {got}; accepted: {tuple(shape)} on {device}")
-
-
-def _pack_native(weight: Tensor, transposed: bool) -> Tensor:
-    channels_out, channels_in = weight.shape[:2]
-    # (K, 3, 3, C): what channels_last has.
-    rows = weight.to(torch.float32).permute(0, 2, 3, 1).contiguous()
-    if transposed:
-        sizes = (channels_in, channels_out)
-        strides = (9 * channels_in, channels_in)
-    else:
-        rows = rows.view(channels_out, -1).t().contiguous()
-        sizes = (channels_out, channels_in)
-        strides = (channels_out, channels_in * channels_out)
-    packed = torch.empty(_packed_shape(*sizes), dtype=torch.bfloat16)
-    backends.native_op("conv3x3").pack(
-        rows.data_ptr(), *sizes, *strides, transposed, packed.data_ptr(), torch.get_num_threads()
-    )
-    return packed
-
-
-def _conv_native(job: Conv) -> Tensor:
-    batch, channels_in, height, width = job.x.shape
-    out = _conv_nothing(job)
-    x, mask, residual = _rows(job.x), _rows(job.mask), _rows(job.residual)
-    bias = None if job.bias is None else job.bias.contiguous()
-    backends.native_op("conv3x3").run(
-        _address(x),
-        _address(mask),
-        job.packed.data_ptr(),
-        _address(bias),
-        _address(residual),
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels_in,
-        job.channels_out,
-        job.relu,
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _weight_gradient_native(x: Tensor, grad: Tensor) -> Tensor:
-    batch, channels_in, height, width = x.shape
-    rows, grads, out = _rows(x), _rows(grad), _weight_gradient_nothing(x, grad)
-    backends.native_op("conv3x3").weight_gradient(
-        _address(rows),
-        _address(grads),
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels_in,
-        grad.shape[1],
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _rows(images: Tensor | None) -> Tensor | None:
-    """In memory (B, H, W, C), whatever the strides of dimensions of size one."""
-    if images is None or images.is_contiguous(memory_format=torch.channels_last):
-        return images
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _conv_nothing(job: Conv) -> Tensor:
-    # No view of other memory: a model may change it in place.
-    shape = (job.x.shape[0], job.channels_out, *job.x.shape[2:])
-    return torch.empty(shape, dtype=torch.bfloat16, device=job.x.device, memory_format=torch.channels_last)
-
-
-def _weight_gradient_nothing(x: Tensor, grad: Tensor) -> Tensor:
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-
-
-def _pack_nothing(weight: Tensor, transposed: bool) -> Tensor:
-    channels_out, channels_in = weight.shape[:2]
-    shape = _packed_shape(channels_in, channels_out) if transposed else _packed_shape(channels_out, channels_in)
-    return weight.new_empty(shape, dtype=torch.bfloat16)
-
-
 def _pack(version: Version) -> Callable[[Tensor, bool], Tensor]:
     def call(weight: Tensor, transposed: bool) -> Tensor:
-        if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
-            raise ValueError(f"weight; got {weight.dtype} {tuple(weight.shape)}; accepted: floating point (K, C, 3, 3)")
+        check_weight(weight)
         return version.pack(weight, transposed)
 
     return call
 
 
 def _conv(version: Version) -> Callable[..., Tensor]:
-    def call(
-        x: Tensor,
-        mask: Tensor | None,
-        packed: Tensor,
-        packed_transposed: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        channels_out: int,
-    ) -> Tensor:
-        job = Conv(x, mask, packed, bias, residual, relu, channels_out)
-        _check(job, packed_transposed)
+    def call(*arguments: Any) -> Tensor:
+        job = Conv(*arguments)
+        check(job)
         return version.conv(job)
 
     return call
@@ -292,60 +141,41 @@ def _conv(version: Version) -> Callable[..., Tensor]:
 
 def _weight_gradient(version: Version) -> Callable[[Tensor, Tensor], Tensor]:
     def call(x: Tensor, grad: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or grad.dtype != torch.bfloat16:
-            raise TypeError(f"x and grad; got {x.dtype} and {grad.dtype}; accepted: bfloat16")
-        fits = x.dim() == grad.dim() == 4 and x.shape[0] == grad.shape[0] and x.shape[2:] == grad.shape[2:]
-        if not fits or x.device != grad.device:
-            got = f"{tuple(x.shape)} on {x.device} and {tuple(grad.shape)} on {grad.device}"
-            raise ValueError(f"x and grad; got {got}; accepted: (B, C, H, W) and (B, K, H, W), on one device")
+        check_gradient(x, grad)
         return version.weight_gradient(x, grad)
 
     return call
 
 
-def _weight_gradient_reference(x: Tensor, grad: Tensor) -> Tensor:
-    return reference.weight_gradient(x, grad).contiguous(memory_format=torch.channels_last)
-
-
-_REFERENCE = Version(reference.pack, lambda job: reference.conv3x3(*job), _weight_gradient_reference)
-_NATIVE = Version(_pack_native, _conv_native, _weight_gradient_native)
-_NOTHING = Version(_pack_nothing, _conv_nothing, _weight_gradient_nothing)
-_cpu = _NATIVE if is_fast() else _REFERENCE
+_cpu = NATIVE if is_fast() else REFERENCE
 
 for _name, _form in (
     ("conv3x3_pack", _pack),
     ("conv3x3", _conv),
     ("conv3x3_weight_gradient", _weight_gradient),
 ):
-    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
+    backends.LIB.impl(_name, _form(REFERENCE), "CompositeExplicitAutograd")
     backends.LIB.impl(_name, _form(_cpu), "CPU")
-    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+    torch.library.register_fake(f"pbe_fast::{_name}", _form(NOTHING), lib=backends.LIB)
+
+_op = torch.ops.pbe_fast.conv3x3.default
 
 
 class _Gradient(torch.autograd.Function):
     """The gradients of `conv3x3`; with `torch.library.register_autograd` they take as long as a small convolution."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mask: Tensor | None,
-        packed: Tensor,
-        packed_transposed: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        channels_out: int,
-    ) -> Tensor:
-        output = _below(x, mask, packed, packed_transposed, bias, residual, relu, channels_out)
-        ctx.save_for_backward(packed, packed_transposed, output if relu else None)
-        ctx.channels_in = x.shape[1]
-        ctx.has_residual = residual is not None
-        ctx.has_mask = mask is not None
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        job = Conv(*arguments)
+        output = backends.below_autograd(_op, *arguments)
+        ctx.save_for_backward(job.packed, job.packed_transposed, output if job.relu else None)
+        ctx.channels_in = job.x.shape[1]
+        ctx.has_residual = job.residual is not None
+        ctx.has_mask = job.mask is not None
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.has_mask:
             raise RuntimeError("gradient of conv3x3; got one with a mask, which is itself part of a gradient")
         packed, packed_transposed, output = ctx.saved_tensors
@@ -358,21 +188,11 @@ class _Gradient(torch.autograd.Function):
         return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
 
 
-_op = torch.ops.pbe_fast.conv3x3.default
-
-
-def _below(*args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = _op(*args)
-    return out
-
-
-def _with_gradient(*args: Any) -> Tensor:
-    x, residual = args[0], args[5]
-    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-        out: Tensor = _Gradient.apply(*args)
-        return out
-    return _below(*args)
+def _with_gradient(*arguments: Any) -> Tensor:
+    job = Conv(*arguments)
+    if torch.is_grad_enabled() and (job.x.requires_grad or (job.residual is not None and job.residual.requires_grad)):
+        return backends.applied(_Gradient, *arguments)
+    return backends.below_autograd(_op, *arguments)
 
 
 backends.LIB.impl("conv3x3", _with_gradient, "Autograd")
@@ -382,4 +202,4 @@ def _named(backend: str, tensor: Tensor) -> Version:
     backends.require("conv3x3", backend)
     if backend == "native" and tensor.device.type != "cpu":
         raise ValueError(f"device; got {tensor.device}; accepted by backend 'native': cpu")
-    return _REFERENCE if backend == "reference" else _NATIVE
+    return REFERENCE if backend == "reference" else NATIVE

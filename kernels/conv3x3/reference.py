@@ -21,7 +21,8 @@ def pack(weight: Tensor, transposed: bool) -> Tensor:
     positions = torch.einsum("ia,kcab,jb->kcij", g, filters.float(), g).flatten(2)
     positions = F.pad(positions, (0, 0, 0, -positions.shape[1] % GROUP, 0, -positions.shape[0] % GROUP))
     pairs = positions.unflatten(1, (-1, 2)).unflatten(0, (-1, GROUP))
-    return pairs.permute(0, 4, 2, 1, 3).to(torch.bfloat16, memory_format=torch.contiguous_format)
+    packed: Tensor = pairs.permute(0, 4, 2, 1, 3).contiguous().bfloat16()
+    return packed
 
 
 def conv3x3(

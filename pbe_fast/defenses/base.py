@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.baselines import BASELINES, BaselineConfig
-from pbe_fast.config import FineTuneConfig, check_kind
+from pbe_fast.config import FineTuneConfig
 from pbe_fast.data import ImageSet, as_train_and_clean, split
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
@@ -24,6 +24,7 @@ from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
 from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.options import check_kind
 from pbe_fast.ranking import Ranking, rank_images
 from pbe_fast.result import PurifyResult
 

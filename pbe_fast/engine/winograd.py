@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from pbe_fast.kernels.affine_relu import affine_relu
+from pbe_fast.kernels.backends import applied
 from pbe_fast.kernels.conv3x3 import Packed, conv3x3, is_fast, pack, weight_gradient
 
 # With fewer channels the transformations outweigh the multiplications that they save.
@@ -126,7 +128,7 @@ class winograd_in_training(TorchFunctionMode):
         if func is F.conv2d and not torch.compiler.is_compiling():
             call = _Call(*args, **(kwargs or {}))
             if call.suits():
-                return _TrainedConv.apply(call.input.to(torch.bfloat16), call.weight, call.bias)
+                return applied(_TrainedConv, call.input.to(torch.bfloat16), call.weight, call.bias)
         return func(*args, **(kwargs or {}))
 
 
@@ -179,7 +181,7 @@ class _TrainedConv(torch.autograd.Function):
         return conv3x3(x, packed, None if bias is None else bias.float())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, *filters = ctx.saved_tensors
         channels = grad.shape[1], x.shape[1]
         grad_x = grad_weight = grad_bias = None
@@ -189,7 +191,7 @@ class _TrainedConv(torch.autograd.Function):
             if channels[0] * channels[1] <= _MOST_PAIRS:
                 grad_weight = weight_gradient(x, grad)
             else:
-                grad_weight = torch.nn.grad.conv2d_weight(x, (*channels, 3, 3), grad, padding=1).float()
+                grad_weight = conv2d_weight(x, (*channels, 3, 3), grad, padding=1).float()
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
         return grad_x, grad_weight, grad_bias

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pbe_fast.baselines import BASELINES, ANPConfig, BaselineConfig, NeuralCleanseConfig
-from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, ScanConfig, to_dict
+from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, ScanConfig
 from pbe_fast.errors import InputError
+from pbe_fast.options import to_dict
 
 CLEAN_SHARE = 0.05
 # A clean-label attack at the paper's 10 % would poison all of a class of CIFAR-10, and the class would not be learned.

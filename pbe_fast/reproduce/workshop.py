@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pbe_fast import runs
 from pbe_fast.attack import InfectedModel, train_infected
-from pbe_fast.config import AttackConfig, to_dict
+from pbe_fast.config import AttackConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.files import atomic_write, write_text
 from pbe_fast.engine.machine import describe
@@ -25,6 +25,7 @@ from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.models import ModelSpec, build_from_spec, load_model, save_model
 from pbe_fast.models.weights import read_weights
+from pbe_fast.options import to_dict
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.reproduce.cells import BENIGN, Subject
 from pbe_fast.reproduce.scales import SOURCES, Plan, Scale

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pbe_fast.attack import InfectedModel
-from pbe_fast.config import to_dict
 from pbe_fast.data import ImageSet, save_npz
 from pbe_fast.engine.files import replacing, write_text
 from pbe_fast.engine.machine import describe
 from pbe_fast.models import ModelSpec, save_model
 from pbe_fast.models.io import CONFIG_NAME, WEIGHTS_NAME
+from pbe_fast.options import to_dict
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.report.html import write_html
 from pbe_fast.report.tables import named_models

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe_fast import attacker
+from pbe_fast.config import PGDConfig
 from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, is_winograd_machine
@@ -118,6 +120,21 @@ def test_hooks_and_float32_are_left_alone() -> None:
     hooked = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     hooked(torch.rand(1, *SHAPE))
     assert seen and type(hooked.net.get_submodule("layer1.0.conv1")) is nn.Conv2d
+
+
+def test_it_is_not_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(attacker, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(attacker, "compiled", lambda *_: compiled.append(1))
+    model = trained(MODELS["preact_resnet18"]())
+    images, labels = torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        attack = attacker.PGD(model, PGDConfig(), image_shape=SHAPE, dtype=dtype, planned=10**9)
+        for _ in range(2):
+            attack(images, labels)
+        assert len(compiled) == (dtype == torch.float32)
+    attacker.PGD(model, PGDConfig(compile="on"), image_shape=SHAPE, dtype=torch.bfloat16)
+    assert len(compiled) == 2
 
 
 def test_training_takes_the_same_gradients() -> None:
