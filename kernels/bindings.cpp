@@ -61,15 +61,6 @@ void bind_conv3x3(nb::module_ module) {
     const nb::gil_scoped_release nogil;
     op::run(job, threads);
   });
-  module.def("weight_gradient",
-             [](Address x, Address grad, Address out, std::int64_t images, std::int64_t height, std::int64_t width,
-                std::int64_t channels_in, std::int64_t channels_out, int threads) {
-               using Halves = const std::uint16_t;
-               const op::Gradient job{at<Halves>(x), at<Halves>(grad), at<float>(out), images, height,
-                                      width,         channels_in,      channels_out};
-               const nb::gil_scoped_release nogil;
-               op::weight_gradient(job, threads);
-             });
   module.def("pack", [](Address weight, std::int64_t channels_out, std::int64_t channels_in,
                         std::int64_t channel_stride, std::int64_t tap_stride, bool rotated, Address packed,
                         int threads) {

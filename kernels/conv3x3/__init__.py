@@ -16,12 +16,10 @@ from pbe_fast.kernels.conv3x3.versions import (
     Conv,
     Version,
     check,
-    check_gradient,
     check_weight,
 )
 
 backends.LIB.define("conv3x3_pack(Tensor weight, bool transposed) -> Tensor")
-backends.LIB.define("conv3x3_weight_gradient(Tensor x, Tensor grad) -> Tensor")
 backends.LIB.define(
     "conv3x3(Tensor x, Tensor? mask, Tensor packed, Tensor packed_transposed, Tensor? bias, Tensor? residual, "
     "bool relu, int channels_out) -> Tensor"
@@ -95,28 +93,6 @@ def conv3x3(
     return out
 
 
-def weight_gradient(x: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:
-    """The gradient of the weight of a convolution without ``residual``, ``relu`` and ``mask``.
-
-    Args:
-        x: bfloat16 (B, C, H, W), what went in.
-        grad: bfloat16 (B, K, H, W), the gradient of what came out.
-        backend: As for `pack`.
-
-    Returns:
-        float32 (K, C, 3, 3), channels_last, summed in float32. It carries no gradient.
-
-    Raises:
-        ValueError: Shapes or devices that do not fit together, or a backend for another device.
-        TypeError: A dtype that is not accepted.
-        RuntimeError: ``backend`` is not available here.
-    """
-    if backend is not None:
-        return _weight_gradient(_named(backend, x))(x, grad)
-    out: Tensor = torch.ops.pbe_fast.conv3x3_weight_gradient.default(x, grad)
-    return out
-
-
 def is_fast() -> bool:
     """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
     return backends.missing("conv3x3", "native") is None
@@ -139,21 +115,9 @@ def _conv(version: Version) -> Callable[..., Tensor]:
     return call
 
 
-def _weight_gradient(version: Version) -> Callable[[Tensor, Tensor], Tensor]:
-    def call(x: Tensor, grad: Tensor) -> Tensor:
-        check_gradient(x, grad)
-        return version.weight_gradient(x, grad)
-
-    return call
-
-
 _cpu = NATIVE if is_fast() else REFERENCE
 
-for _name, _form in (
-    ("conv3x3_pack", _pack),
-    ("conv3x3", _conv),
-    ("conv3x3_weight_gradient", _weight_gradient),
-):
+for _name, _form in (("conv3x3_pack", _pack), ("conv3x3", _conv)):
     backends.LIB.impl(_name, _form(REFERENCE), "CompositeExplicitAutograd")
     backends.LIB.impl(_name, _form(_cpu), "CPU")
     torch.library.register_fake(f"pbe_fast::{_name}", _form(NOTHING), lib=backends.LIB)

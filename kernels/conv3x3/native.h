@@ -42,14 +42,4 @@ struct Filters {
 // The transformed filters as `run` reads them: (groups out, 16 positions, pairs of channels in, 16 channels out, 2).
 void pack(const Filters& filters, std::uint16_t* packed, int threads);
 
-// The gradient of the weight, from the images that went in and the gradient of what came out.
-struct Gradient {
-  const std::uint16_t* x;     // (images, height, width, channels_in) bfloat16
-  const std::uint16_t* grad;  // (images, height, width, channels_out) bfloat16
-  float* out;                 // (channels_out, 3, 3, channels_in)
-  std::int64_t images, height, width, channels_in, channels_out;
-};
-
-void weight_gradient(const Gradient& job, int threads);
-
 }  // namespace pbe::conv3x3

@@ -52,16 +52,6 @@ def conv3x3(
     return y.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
-def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """Of the weight: float32 (K, C, 3, 3), from inputs (B, C, H, W) and the outputs' gradient (B, K, H, W)."""
-    a, g = (torch.tensor(matrix, device=x.device) for matrix in (_A, _G))
-    height, width = x.shape[2:]
-    tiles = F.pad(grad.float(), (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
-    z = torch.einsum("ai,bkyxac,cj->bkyxij", a, tiles, a).bfloat16().float()
-    m = torch.einsum("bkyxij,bcyxij->kcij", z, _transformed(x))
-    return torch.einsum("ia,kcij,jb->kcab", g, m, g)
-
-
 def _transformed(x: Tensor) -> Tensor:
     """B^T d B of all tiles, rounded: (B, C, rows of tiles, tiles in a row, 4, 4) float32."""
     height, width = x.shape[2:]

@@ -1,4 +1,4 @@
-"""The versions of the three operations of conv3x3, and what they all refuse."""
+"""The versions of the two operations of conv3x3, and what they all refuse."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ class Conv(NamedTuple):
 
 
 class Version(NamedTuple):
-    """One version of the three operations."""
+    """One version of the two operations."""
 
     pack: Callable[[Tensor, bool], Tensor]
     conv: Callable[[Conv], Tensor]
-    weight_gradient: Callable[[Tensor, Tensor], Tensor]
 
 
 def check_weight(weight: Tensor) -> None:
@@ -76,16 +75,6 @@ def _check_images(name: str, images: Tensor, shape: torch.Size, device: torch.de
     if images.shape != shape or images.device != device:
         got = f"{tuple(images.shape)} on {images.device}"
         raise ValueError(f"{name}; got {got}; accepted: {tuple(shape)} on {device}")
-
-
-def check_gradient(x: Tensor, grad: Tensor) -> None:
-    """Refuses tensors that do not fit together; see `pbe_fast.kernels.conv3x3.weight_gradient`."""
-    if x.dtype != torch.bfloat16 or grad.dtype != torch.bfloat16:
-        raise TypeError(f"x and grad; got {x.dtype} and {grad.dtype}; accepted: bfloat16")
-    fits = x.dim() == grad.dim() == 4 and x.shape[0] == grad.shape[0] and x.shape[2:] == grad.shape[2:]
-    if not fits or x.device != grad.device:
-        got = f"{tuple(x.shape)} on {x.device} and {tuple(grad.shape)} on {grad.device}"
-        raise ValueError(f"x and grad; got {got}; accepted: (B, C, H, W) and (B, K, H, W), on one device")
 
 
 def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
@@ -135,23 +124,6 @@ def _conv_native(job: Conv) -> Tensor:
     return out
 
 
-def _weight_gradient_native(x: Tensor, grad: Tensor) -> Tensor:
-    batch, channels_in, height, width = x.shape
-    rows, grads, out = backends.channels_last(x), backends.channels_last(grad), _weight_gradient_nothing(x, grad)
-    backends.native_op("conv3x3").weight_gradient(
-        _address(rows),
-        _address(grads),
-        out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels_in,
-        grad.shape[1],
-        torch.get_num_threads(),
-    )
-    return out
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -160,11 +132,6 @@ def _conv_nothing(job: Conv) -> Tensor:
     # No view of other memory: a model may change it in place.
     shape = (job.x.shape[0], job.channels_out, *job.x.shape[2:])
     return torch.empty(shape, dtype=torch.bfloat16, device=job.x.device, memory_format=torch.channels_last)
-
-
-def _weight_gradient_nothing(x: Tensor, grad: Tensor) -> Tensor:
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
 def _pack_nothing(weight: Tensor, transposed: bool) -> Tensor:
@@ -177,11 +144,7 @@ def _conv_reference(job: Conv) -> Tensor:
     return reference.conv3x3(job.x, job.mask, job.packed, job.bias, job.residual, job.relu, job.channels_out)
 
 
-def _weight_gradient_reference(x: Tensor, grad: Tensor) -> Tensor:
-    return reference.weight_gradient(x, grad).contiguous(memory_format=torch.channels_last)
-
-
-REFERENCE = Version(reference.pack, _conv_reference, _weight_gradient_reference)
-NATIVE = Version(_pack_native, _conv_native, _weight_gradient_native)
+REFERENCE = Version(reference.pack, _conv_reference)
+NATIVE = Version(_pack_native, _conv_native)
 # What a fake tensor gets: outputs of the right shape.
-NOTHING = Version(_pack_nothing, _conv_nothing, _weight_gradient_nothing)
+NOTHING = Version(_pack_nothing, _conv_nothing)

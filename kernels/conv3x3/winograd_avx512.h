@@ -1,4 +1,5 @@
-// What the convolution and its weight gradient have in common. Callers look at is_supported() first.
+// The steps of Winograd's algorithm that are the same for all widths of the products. Callers look at is_supported()
+// first.
 #pragma once
 
 #include <cstdint>

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from pbe_fast.engine.winograd import is_winograd_machine, winograd_in_training
 from pbe_fast.errors import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -58,15 +56,9 @@ def resolve_precision(device: torch.device, requested: str = "auto") -> torch.dt
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
 
 
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Mixed precision for forward passes; does nothing at float32."""
-    if dtype == torch.float32:
-        yield
-        return
-    fast = dtype == torch.bfloat16 and is_winograd_machine(device)
-    with torch.autocast(device.type, dtype=dtype), winograd_in_training() if fast else nullcontext():
-        yield
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @functools.cache

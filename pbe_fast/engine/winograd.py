@@ -1,26 +1,16 @@
-"""Layers as the CPU's kernels for bfloat16 compute them, where this machine has them: frozen ones, and in training."""
+"""Frozen layers in the form that the CPU's kernels for bfloat16 compute, where this machine has them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
-from torch.overrides import TorchFunctionMode
 
 from pbe_fast.kernels.affine_relu import affine_relu
-from pbe_fast.kernels.backends import applied
-from pbe_fast.kernels.conv3x3 import Packed, conv3x3, is_fast, pack, weight_gradient
+from pbe_fast.kernels.conv3x3 import conv3x3, is_fast, pack
 
 # With fewer channels the transformations outweigh the multiplications that they save.
 _FEWEST_CHANNELS = 16
-# In training the filters are transformed at every call: for fewer tiles than this that is not worth it.
-_FEWEST_TILES = 256
-# The weight's gradient sums 16 numbers for each pair of channels: of more pairs they do not stay in the cache.
-_MOST_PAIRS = 256 * 256
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -109,89 +99,11 @@ def can_be_winograd(conv: nn.Module) -> bool:
     """Whether a convolution is of the kind that is faster so on this machine, in bfloat16."""
     return (
         type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding in ((1, 1), "same")
         and conv.padding_mode == "zeros"
-        and _suits(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        and conv.groups == 1
+        and min(conv.in_channels, conv.out_channels) >= _FEWEST_CHANNELS
         and is_winograd_machine(conv.weight.device)
     )
-
-
-class winograd_in_training(TorchFunctionMode):
-    """Context: what calls ``F.conv2d`` under autocast to bfloat16 on a CPU gets Winograd's convolution where it fits.
-
-    Weights may take gradients: they are summed in float32, and the filters are transformed at every call.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Every other function is called as it is."""
-        if func is F.conv2d and not torch.compiler.is_compiling():
-            call = _Call(*args, **(kwargs or {}))
-            if call.suits():
-                return applied(_TrainedConv, call.input.to(torch.bfloat16), call.weight, call.bias)
-        return func(*args, **(kwargs or {}))
-
-
-class _Call:
-    """The arguments of ``F.conv2d``."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-    ) -> None:
-        self.input, self.weight, self.bias = input, weight, bias
-        self._options = (stride, padding, dilation, groups)
-
-    def suits(self) -> bool:
-        x, weight = self.input, self.weight
-        return (
-            torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            and x.dim() == 4
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and x.shape[1] == weight.shape[1]
-            and x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) >= _FEWEST_TILES
-            and _suits(weight, *self._options)
-        )
-
-
-def _suits(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    return (
-        weight.shape[2:] == (3, 3)
-        and min(weight.shape[:2]) >= _FEWEST_CHANNELS
-        and groups == 1
-        and padding in (1, (1, 1), [1, 1], "same")
-        and all(one in (1, (1, 1), [1, 1]) for one in (stride, dilation))
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-    )
-
-
-class _TrainedConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        packed = pack(weight)
-        ctx.save_for_backward(x, packed.forward, packed.backward)
-        return conv3x3(x, packed, None if bias is None else bias.float())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, *filters = ctx.saved_tensors
-        channels = grad.shape[1], x.shape[1]
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = conv3x3(grad, Packed(filters[1], filters[0], x.shape[1]))
-        if ctx.needs_input_grad[1]:
-            if channels[0] * channels[1] <= _MOST_PAIRS:
-                grad_weight = weight_gradient(x, grad)
-            else:
-                grad_weight = conv2d_weight(x, (*channels, 3, 3), grad, padding=1).float()
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
-        return grad_x, grad_weight, grad_bias

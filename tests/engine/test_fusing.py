@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from pbe_fast import attacker
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.folding import FrozenCopy
-from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, is_winograd_machine
 from pbe_fast.models import build_model
 
@@ -135,41 +134,3 @@ def test_it_is_not_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         assert len(compiled) == (dtype == torch.float32)
     attacker.PGD(model, PGDConfig(compile="on"), image_shape=SHAPE, dtype=torch.bfloat16)
     assert len(compiled) == 2
-
-
-def test_training_takes_the_same_gradients() -> None:
-    torch.manual_seed(0)
-    model = build_model("preact_resnet18", num_classes=10, width=16).to(memory_format=torch.channels_last)
-    images, labels = torch.rand(32, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
-
-    def gradients(dtype: torch.dtype, fast: bool) -> list[Tensor]:
-        twin = copy.deepcopy(model)
-        if fast or dtype == torch.float32:
-            with autocast(torch.device("cpu"), dtype):
-                logits = twin(images)
-        else:
-            with torch.autocast("cpu", dtype):
-                logits = twin(images)
-        return list(torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(twin.parameters())))
-
-    exact = gradients(torch.float32, False)
-    plain, fast = gradients(torch.bfloat16, False), gradients(torch.bfloat16, True)
-    for e, p, f in zip(exact, plain, fast, strict=True):
-        assert f.dtype == torch.float32
-        assert distance(f, e) < 2 * distance(p, e) + 0.02
-
-
-def test_other_convolutions_in_training_are_called_as_they_are() -> None:
-    x = torch.rand(8, 16, 16, 16)
-    for conv in (
-        nn.Conv2d(16, 16, 3, padding=1, stride=2),
-        nn.Conv2d(16, 16, 3),
-        nn.Conv2d(16, 16, 1),
-        nn.Conv2d(16, 16, 3, padding=1, groups=2),
-        nn.Conv2d(16, 8, 3, padding=1),
-    ):
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = conv(x)
-        with autocast(torch.device("cpu"), torch.bfloat16):
-            got = conv(x)
-        assert torch.equal(got, expected)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pbe_fast.kernels import backends
 from pbe_fast.kernels.affine_relu import affine_relu
-from pbe_fast.kernels.conv3x3 import conv3x3, pack, weight_gradient
+from pbe_fast.kernels.conv3x3 import conv3x3, pack
 
 needs_native = pytest.mark.skipif(
     bool(backends.missing("conv3x3", "native")), reason=str(backends.missing("conv3x3", "native"))
@@ -89,8 +89,6 @@ def test_native_agrees_with_the_reference(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(ours.float(), expected.float(), rtol=2.0**-7, atol=1e-6)
     y, expected = (conv3x3(a["x"], packed[0], a["bias"], backend=backend) for backend in ("native", "reference"))
     torch.testing.assert_close(y.float(), expected.float(), rtol=2.0**-7, atol=2e-2)
-    ours, expected = (weight_gradient(a["x"], a["grad"], backend=backend) for backend in ("native", "reference"))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4 * max(1, a["x"].shape[0]))
 
 
 @needs_native
@@ -100,7 +98,7 @@ def test_native_agrees_with_the_reference(shape: tuple[int, ...]) -> None:
     seed=st.integers(0, 2**31),
     threads=st.integers(1, 3),
 )
-def test_random_shapes_in_all_three_directions(shape: tuple[int, ...], seed: int, threads: int) -> None:
+def test_random_shapes_in_both_directions(shape: tuple[int, ...], seed: int, threads: int) -> None:
     a = case(shape, seed)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -109,16 +107,13 @@ def test_random_shapes_in_all_three_directions(shape: tuple[int, ...], seed: int
         x = a["x"].requires_grad_()
         y = conv3x3(x, packed, a["bias"])
         (grad_x,) = torch.autograd.grad(y, x, a["grad"])
-        grad_weight = weight_gradient(a["x"].detach(), a["grad"])
     finally:
         torch.set_num_threads(before)
     grad = a["grad"].double()
     # A sum over few numbers may come out near zero: the error is measured against what was summed up.
     assert error(y, exact(a)) < 2 * TOLERANCE
     expected_x = torch.nn.grad.conv2d_input(x.shape, a["weight"].double(), grad, padding=1)
-    expected_weight = torch.nn.grad.conv2d_weight(x.detach().double(), a["weight"].shape, grad, padding=1)
     assert error(grad_x, expected_x) < 2 * TOLERANCE
-    assert error(grad_weight, expected_weight) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -149,7 +144,6 @@ def test_the_operators_pass_opcheck_and_compile() -> None:
     arguments = (a["x"].requires_grad_(), None, *packed[:2], a["bias"], a["residual"].requires_grad_(), True, 32)
     torch.library.opcheck(torch.ops.pbe_fast.conv3x3, arguments)
     torch.library.opcheck(torch.ops.pbe_fast.conv3x3_pack, (a["weight"], True))
-    torch.library.opcheck(torch.ops.pbe_fast.conv3x3_weight_gradient, (a["x"].detach(), a["grad"]))
     scale = torch.rand(16)
     torch.library.opcheck(torch.ops.pbe_fast.affine_relu, (a["x"], scale, scale))
 
