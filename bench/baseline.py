@@ -26,7 +26,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
-from pbe_fast.ranking import Ranking, rank_images
+from pbe_fast.ranking import Ranking, changed_labels, label_distances, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
 from pbe_fast.waves import add_waves
@@ -136,37 +136,76 @@ def purify_plainly(
     where = torch.device(device)
     infected = copy.deepcopy(model).to(where).eval().requires_grad_(False)
     purified = copy.deepcopy(infected).requires_grad_(True)
+    train = None if train is None else train.to("cpu")
+    steady = None
     if clean is not None:
         fine_tune(purified, clean, None, config, teacher=infected, device=where)
-        ranking = None
-        if train is not None:
-            ranking = rank_images(logits_of(infected, train, where), logits_of(purified, train, where))
-        return PlainResult(purified.eval(), ranking)
-
-    assert train is not None
-    train = train.to("cpu")
-    generator = torch.Generator().manual_seed(seed)
-    attracting = torch.zeros(train.num_classes, dtype=torch.bool)
-    if config.initial != "random":
-        attracting = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
-    infected_logits = logits_of(infected, train, where)
-    fragile = steady = None
-    if config.initial == "steady" and not attracting.any():
-        fragile = fragility_plainly(infected, train, infected_logits, where)
-        steady = fragile < 1 - config.fragile_share
-    chosen = initial_extra_set(infected_logits, train.labels, attracting, config, generator, fragility=fragile)
-    for t in range(len(config.fractions)):
-        teacher = infected if t == 0 and attracting.any() else None
-        fine_tune(purified, train, chosen, config, teacher=teacher, device=where)
-        # Lines 6 and 7 ask both models, in every round.
-        infected_logits, purified_logits = logits_of(infected, train, where), logits_of(purified, train, where)
-        ranking = rank_images(infected_logits, purified_logits)
-        if t + 1 < len(config.fractions):
-            agrees = purified_logits.argmax(1) == train.labels
-            chosen = next_extra_set(
-                ranking, train.labels, attracting, config.fractions[t + 1], agrees=agrees, steady=steady
-            )
+        if train is None:
+            return PlainResult(purified.eval(), None)
+        ranking, agrees = rank_plainly(infected, purified, train, where)
+        suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+    else:
+        assert train is not None
+        generator = torch.Generator().manual_seed(seed)
+        suspects = torch.zeros(train.num_classes, dtype=torch.bool)
+        if config.initial != "random":
+            suspects = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
+        fragile = None
+        if config.initial == "steady" and not suspects.any():
+            fragile = fragility_plainly(infected, train, logits_of(infected, train, where), where)
+            steady = fragile < 1 - config.fragile_share
+            if config.leave_out and train.num_classes >= 4:
+                suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
+        first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
+        ranking, agrees = rank_plainly(infected, purified, train, where)
+    for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
+        chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
+        fine_tune(purified, train, chosen, config, teacher=None, device=where)
+        ranking, agrees = rank_plainly(infected, purified, train, where)
     return PlainResult(purified.eval(), ranking)
+
+
+def rank_plainly(
+    infected: nn.Module, purified: nn.Module, train: ImageSet, device: torch.device
+) -> tuple[Ranking, Tensor]:
+    """Lines 6 and 7, which ask both models in every round; and where the purified one agrees with the label."""
+    infected_logits, purified_logits = logits_of(infected, train, device), logits_of(purified, train, device)
+    return rank_images(infected_logits, purified_logits), purified_logits.argmax(1) == train.labels
+
+
+def first_round_plainly(
+    purified: nn.Module,
+    infected: nn.Module,
+    train: ImageSet,
+    left_out: Tensor,
+    config: PurifyConfig,
+    generator: torch.Generator,
+    fragile: Tensor | None,
+    device: torch.device,
+) -> None:
+    """The round on D_ext^0, without images of some labels; of these the infected model teaches what it knows."""
+    logits = logits_of(infected, train, device)
+    chosen = initial_extra_set(logits, train.labels, left_out, config, generator, fragility=fragile)
+    fine_tune(purified, train, chosen, config, teacher=infected if left_out.any() else None, device=device)
+
+
+def forgotten_labels_plainly(
+    infected: nn.Module,
+    train: ImageSet,
+    config: PurifyConfig,
+    generator: torch.Generator,
+    fragile: Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Labels that change far more than others where half of the labels is left out."""
+    changes = torch.zeros(train.num_classes, dtype=torch.float64)
+    for half in range(2):
+        left_out = torch.arange(train.num_classes) % 2 == half
+        purified = copy.deepcopy(infected).requires_grad_(True)
+        first_round_plainly(purified, infected, train, left_out, config, generator, fragile, device)
+        ranking, _ = rank_plainly(infected, purified, train, device)
+        changes[left_out] = label_distances(ranking, train.labels, train.num_classes)[left_out]
+    return changed_labels(changes)
 
 
 def fragility_plainly(model: nn.Module, data: ImageSet, logits: Tensor, device: torch.device) -> Tensor:

@@ -161,6 +161,11 @@ class PurifyConfig:
     fractions: tuple[float, ...] = option(
         (0.10, 0.30, 0.60, 0.70), "without a clean set: the extra set's share of the training set, by round"
     )
+    refining_fractions: tuple[float, ...] = option(
+        (0.70,),
+        "with a clean set and the training set: further rounds on the training images that rank clean, and their share "
+        "(none: the paper, which stops after the clean set)",
+    )
     initial: str = option(
         "steady",
         "the first extra set without a clean set: random (the paper); hard images, none of labels that attract the "
@@ -172,6 +177,11 @@ class PurifyConfig:
         0.3, "where no label attracts: the most fragile images, which later extra sets leave out (0: none)"
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
+    leave_out: bool = option(
+        True,
+        "where no label attracts: purify twice without images of half of the labels, to see of which label the model "
+        "changes most; none of its images is in the first extra set",
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -188,7 +198,9 @@ class PurifyConfig:
         sides = all(0 < w <= 1 for w in self.patch_windows)
         check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
         check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
-        check(all(0 < f <= 1 for f in self.fractions), "fractions", self.fractions, "each above 0 and at most 1")
+        for name in ("fractions", "refining_fractions"):
+            fractions = getattr(self, name)
+            check(all(0 < f <= 1 for f in fractions), name, fractions, "each above 0 and at most 1")
         check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
         check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
         check(0 <= self.fragile_share < 1, "fragile_share", self.fragile_share, "0 up to 1")
@@ -197,12 +209,14 @@ class PurifyConfig:
     @classmethod
     def paper(cls) -> PurifyConfig:
         """Algorithm 1 to the letter: one eps and no other turns, no distillation or clean images in step 1b, a random
-        first extra set.
+        first extra set, one round with a clean set.
         """
         plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
         # The updates of its one turn, as they were before there were others.
         no_turns: dict[str, Any] = {"patch_windows": (), "wave_amplitudes": (), "adversarial_steps": 100}
-        return cls(finetune=plain, eps_factors=(1.0,), initial="random", **no_turns)
+        return cls(
+            finetune=plain, eps_factors=(1.0,), initial="random", leave_out=False, refining_fractions=(), **no_turns
+        )
 
     @property
     def attacks(self) -> tuple[PGDConfig | WaveConfig, ...]:

@@ -10,6 +10,9 @@ from torch import Tensor
 from pbe_fast.kernels.cosine_rank import cosine_distance, rank
 from pbe_fast.metrics import average_precision
 
+# Of CIFAR-10's labels, benign ones lie below twice the median, the target above seven times (docs/recipe.md).
+_FAR = 3.0
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
@@ -64,6 +67,30 @@ def otsu_threshold(values: Tensor) -> float:
     mean_left, mean_right = sums[:-1] / left, (sums[-1] - sums[:-1]) / (n - left)
     between = left * (n - left) * (mean_left - mean_right).square()
     return float(ordered[int(between.argmax())])
+
+
+def label_distances(ranking: Ranking, labels: Tensor, num_classes: int) -> Tensor:
+    """(K,) float64 on the CPU: the mean distance of each label's images, those with finite logits; 0 without any."""
+    distance = ranking.distance.double()
+    finite = distance.isfinite()
+    sums = torch.zeros(num_classes, dtype=torch.float64, device=distance.device)
+    counts = torch.zeros_like(sums)
+    sums.index_add_(0, labels[finite], distance[finite])
+    counts.index_add_(0, labels[finite], torch.ones_like(distance[finite]))
+    return (sums / counts.clamp_min(1)).cpu()
+
+
+def changed_labels(distances: Tensor) -> Tensor:
+    """Labels that a purification without poisoned images changed far more than others, as poisoned images' labels do.
+
+    Args:
+        distances: (K,) of `label_distances`.
+
+    Returns:
+        (K,) bool: those above three times the median of the labels that have images.
+    """
+    present = distances[distances > 0]
+    return distances > _FAR * present.median() if len(present) else torch.zeros_like(distances, dtype=torch.bool)
 
 
 def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:

@@ -45,7 +45,8 @@ class PurifyResult:
         ranking: Of the training set (Eq. 9); None where none was given.
         history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
             the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
-            ranking), and where the truth is known ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
+            ranking), ``suspected_labels`` (whose images were chosen with more care), and where the truth is known
+            ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
             Of another defence one entry per ``step``, with its ``seconds`` and what it found as ``finding``.
         config: The options of the run.
         seed: Of the run.

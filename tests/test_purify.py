@@ -20,6 +20,8 @@ from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfi
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.streaming import stream
+from pbe_fast.extra_set import initial_extra_set
+from pbe_fast.finetune import FineTuner
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
 from pbe_fast.poison import triggered_test_set
@@ -271,10 +273,76 @@ def test_the_infected_model_sees_the_training_set_once_per_run(
         shown.append((next(model.parameters()).requires_grad, len(images)))
         return predict_logits(model, images, **options)
 
-    monkeypatch.setattr(sys.modules["pbe_fast.purify"], "predict_logits", watched)
+    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "predict_logits", watched)
     run(infected.model, infected.train_data)
     # The infected model is the one that never trains.
     assert shown == [(False, 160), (True, 160), (True, 160), (True, 160)]
+
+
+# Where no label attracts
+
+
+def _leaving_out(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[PurifyResult, list[list[int]]]:
+    """A run in which the attack leads to no label, and the labels left out of each first extra set that was made."""
+    left_out: list[list[int]] = []
+
+    def watched(*arguments: Any, **keywords: Any) -> Tensor:
+        left_out.append(arguments[2].nonzero()[:, 0].tolist())
+        return initial_extra_set(*arguments, **keywords)
+
+    rounds = sys.modules["pbe_fast.rounds"]
+    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.zeros(4, dtype=torch.bool))
+    monkeypatch.setattr(rounds, "initial_extra_set", watched)
+    return run(infected.model, infected.train_data, initial="steady", **options), left_out
+
+
+def test_half_of_the_labels_is_left_out_in_turn_and_then_those_that_changed(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor] = []
+
+    def third(distances: Tensor) -> Tensor:
+        asked.append(distances)
+        return torch.arange(4) == 2
+
+    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "changed_labels", third)
+    result, left_out = _leaving_out(infected, monkeypatch)
+    assert left_out == [[0, 2], [1, 3], [2]]
+    (distances,) = asked
+    assert (distances > 0).all()
+    assert all(entry["suspected_labels"] == [2] for entry in result.history)
+    assert [entry["round"] for entry in result.history] == [0, 1, 2]
+    # What it takes is told apart from the rounds.
+    for phase in ("adversarial", "clean", "ranking"):
+        assert result.seconds[f"labels left out: {phase}"] > 0
+        assert result.seconds[phase] == pytest.approx(sum(entry["seconds"][phase] for entry in result.history))
+
+
+def test_the_first_round_starts_from_the_infected_model_all_the_same(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[bool] = []
+
+    def watched(self: FineTuner, *arguments: Any, **keywords: Any) -> float:
+        if keywords["desc"].endswith("adversarial"):
+            state = infected.model.state_dict()
+            starts.append(all(torch.equal(value, state[name]) for name, value in self._model.state_dict().items()))
+        return float(tune(self, *arguments, **keywords))
+
+    tune = FineTuner.run
+    monkeypatch.setattr(FineTuner, "run", watched)
+    _leaving_out(infected, monkeypatch)
+    assert starts == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("options", [{"leave_out": False}, {"initial": "hard"}, {"initial": "random"}])
+def test_no_label_is_left_out_where_that_is_not_asked_for(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    result = run(infected.model, infected.train_data, **{"initial": "steady", **options})
+    assert not any(phase.startswith("labels left out") for phase in result.seconds)
 
 
 # Larger than the device
@@ -362,8 +430,8 @@ def test_a_profile_tells_the_work_of_every_phase_and_lands_in_the_report(
 # With a clean set
 
 
-def test_with_a_clean_set_there_is_one_round_and_a_ranking_for_the_record(infected: InfectedModel) -> None:
-    result = run(infected.model, infected.train_data, quarters(40, seed=1))
+def test_with_a_clean_set_there_may_be_one_round_and_a_ranking_for_the_record(infected: InfectedModel) -> None:
+    result = run(infected.model, infected.train_data, quarters(40, seed=1), refining_fractions=())
     (entry,) = result.history
     assert entry["extra_set_size"] == 40
     assert entry["seconds"].keys() == {"adversarial", "clean", "ranking"}
@@ -373,7 +441,23 @@ def test_with_a_clean_set_there_is_one_round_and_a_ranking_for_the_record(infect
     assert len(result.ranking.order) == 160
 
 
-def test_with_a_clean_set_the_training_set_may_be_missing_and_changes_nothing(infected: InfectedModel) -> None:
+def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(infected: InfectedModel) -> None:
+    mask = infected.train_data.poison_mask
+    assert mask is not None
+    clean = quarters(40, seed=1)
+    once = run(infected.model, infected.train_data, clean, refining_fractions=())
+    assert once.ranking is not None and once.history[0]["suspected_labels"] == []
+    twice = run(infected.model, infected.train_data, clean, refining_fractions=(0.25, 0.5))
+    assert [entry["round"] for entry in twice.history] == [0, 1, 2]
+    assert [entry["extra_set_size"] for entry in twice.history] == [40, 40, 80]
+    assert twice.history[1]["extra_set_poison_rate"] == poisoned_share(once.ranking.top(0.25), mask)
+    assert not torch.equal(logits(once.model), logits(twice.model))
+    assert twice.ranking is not None and not torch.equal(once.ranking.distance, twice.ranking.distance)
+
+
+def test_with_a_clean_set_the_training_set_may_be_missing_and_is_only_ranked_if_so_asked(
+    infected: InfectedModel,
+) -> None:
     clean = quarters(40, seed=1)
     alone = run(infected.model, None, clean)
     assert alone.ranking is None
@@ -381,7 +465,8 @@ def test_with_a_clean_set_the_training_set_may_be_missing_and_changes_nothing(in
     assert len(alone.history) == 1 and alone.history[0]["seconds"].keys() == {"adversarial", "clean"}
     with pytest.raises(ValueError, match="no ranking"):
         alone.suspected()
-    assert torch.equal(logits(alone.model), logits(run(infected.model, infected.train_data, clean).model))
+    ranked = run(infected.model, infected.train_data, clean, refining_fractions=())
+    assert torch.equal(logits(alone.model), logits(ranked.model))
 
 
 def test_a_pair_of_arrays_will_do_and_takes_the_classes_of_the_training_set(infected: InfectedModel) -> None:

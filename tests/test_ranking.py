@@ -7,7 +7,14 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from pbe_fast.ranking import Ranking, otsu_threshold, poisoned_share, rank_images
+from pbe_fast.ranking import (
+    Ranking,
+    changed_labels,
+    label_distances,
+    otsu_threshold,
+    poisoned_share,
+    rank_images,
+)
 
 
 def _logits(n: int = 40, k: int = 6, seed: int = 0) -> Tensor:
@@ -118,3 +125,25 @@ def test_poisoned_share() -> None:
     mask = torch.tensor([True, False, False, True])
     assert poisoned_share(torch.tensor([0, 1, 2]), mask) == pytest.approx(1 / 3)
     assert math.isnan(poisoned_share(torch.tensor([], dtype=torch.int64), mask))
+
+
+def test_the_mean_distance_of_each_label() -> None:
+    ranking = _ranking([0.1, 0.3, 0.5, math.inf, 0.2])
+    labels = torch.tensor([0, 0, 2, 2, 3])
+    assert label_distances(ranking, labels, 5).tolist() == pytest.approx([0.2, 0.0, 0.5, 0.2, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("distances", "changed"),
+    [
+        ([0.40, 0.02, 0.03, 0.02, 0.02], [0]),
+        ([0.05, 0.02, 0.03, 0.02, 0.02], []),
+        ([0.40, 0.02, 0.03, 0.35, 0.02], [0, 3]),
+        # Labels without images say nothing of the others, and are not named.
+        ([0.40, 0.02, 0.0, 0.02, 0.0, 0.0, 0.0], [0]),
+        ([0.0, 0.0], []),
+        ([], []),
+    ],
+)
+def test_labels_that_changed_far_more_than_others(distances: list[float], changed: list[int]) -> None:
+    assert changed_labels(torch.tensor(distances, dtype=torch.float64)).nonzero()[:, 0].tolist() == changed

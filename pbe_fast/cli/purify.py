@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
 # How Algorithm 1 chooses its extra sets.
-_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share", "fragile_share")
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share", "fragile_share", "leave_out")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
@@ -48,7 +48,7 @@ pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out pu
     "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth"
 )
 @option("--train", section=INPUT, help=f"what it was trained on: {DATA_HELP}  [default: train.npz in MODEL, if there]")
-@option("--clean", section=INPUT, help="trusted images, likewise: steps 1 and 2 once, on them")
+@option("--clean", section=INPUT, help="trusted images, likewise: the first round is on them")
 @option(
     "--clean-count",
     section=INPUT,
@@ -127,7 +127,7 @@ def purify(
     if method == "pbe" and clean is not None:
         unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
         if unused:
-            console.note(f"note: {', '.join(unused)} changes nothing with --clean: there is no extra set to choose")
+            console.note(f"note: {', '.join(unused)} changes nothing with --clean: the first extra set is there")
     open_output(out, force=force)
 
     if profile:
@@ -209,9 +209,12 @@ def purify(
 def _plan(sets: Mapping[str, ImageSet], config: object, method: str) -> str:
     train, clean = sets.get("train"), sets.get("clean")
     ranked = f", then ranking {len(train):,} training images" if train is not None else ""
+    further = len(config.refining_fractions) if isinstance(config, PurifyConfig) and train is not None else 0
     if not isinstance(config, PurifyConfig):
         return f"{method} with {len(sets['clean']):,} clean images of {sets['clean'].name}{ranked}"
     if clean is None:
         assert train is not None
         return f"no clean set: {len(config.fractions)} rounds over {len(train):,} training images of {train.name}"
+    if further:
+        ranked = f", {further} more on those of {len(train or ()):,} training images that rank clean"
     return f"one round on {len(clean):,} clean images of {clean.name}{ranked}"
