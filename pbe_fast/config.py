@@ -162,7 +162,7 @@ class PurifyConfig:
         (0.10, 0.30, 0.60, 0.70), "without a clean set: the extra set's share of the training set, by round"
     )
     refining_fractions: tuple[float, ...] = option(
-        (0.70,),
+        (0.70, 0.70),
         "with a clean set and the training set: further rounds on the training images that rank clean, and their share "
         "(none: the paper, which stops after the clean set)",
     )

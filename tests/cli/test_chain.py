@@ -91,7 +91,7 @@ def test_purify_writes_the_model_the_ranking_and_the_report(infected: Path, puri
     assert report["infected"].keys() == report["purified"].keys() == METRICS
     assert report["infected"] == json.loads((infected / "report.json").read_text())["infected"]
     assert report["config"]["pgd"]["eps"] == 12 / 255 and report["config"]["adversarial_steps"] == 2
-    assert report["recipe"] == "pbe" and report["seed"] == 0 and len(report["rounds"]) == 2
+    assert report["recipe"] == "pbe" and report["seed"] == 0 and len(report["rounds"]) == 3
     assert {"reading", "adversarial", "clean", "ranking", "evaluation", "total"} <= report["seconds"].keys()
     assert report["versions"]["torch"] == str(torch.__version__) and report["machine"]["cores"] >= 1
     inputs = report["sha256"]["inputs"]
