@@ -158,8 +158,12 @@ def purify_plainly(
                 suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
         first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
+    farthest, agrees_always = ranking.distance, agrees
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
-        chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
+        farthest, agrees_always = farthest.maximum(ranking.distance), agrees_always & agrees
+        chosen = next_extra_set(
+            ranking, train.labels, suspects, fraction, agrees=agrees_always, farthest=farthest, steady=steady
+        )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
     return PlainResult(purified.eval(), ranking)

@@ -67,6 +67,7 @@ def next_extra_set(
     fraction: float,
     *,
     agrees: Tensor | None = None,
+    farthest: Tensor | None = None,
     steady: Tensor | None = None,
 ) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
@@ -81,6 +82,7 @@ def next_extra_set(
         attracting: (K,) bool.
         fraction: Of the images.
         agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
+        farthest: (N,), distances by which images of labels that attract are ranked; those of the ranking, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
             thousands teach a patch again, and the ranking alone does not keep them out.
 
@@ -93,7 +95,9 @@ def next_extra_set(
     chosen = [_first(ranked[~apart], fraction)]
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]
-        distance = ranking.distance[order]
+        distance = (ranking.distance if farthest is None else farthest)[order]
+        nearest = distance.argsort(stable=True)
+        order, distance = order[nearest], distance[nearest]
         better = order[distance <= otsu_threshold(distance[distance.isfinite()])]
         if agrees is not None and agrees[better].any():
             better = better[agrees[better]]

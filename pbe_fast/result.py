@@ -27,7 +27,7 @@ from pbe_fast.engine.profile import Profile
 from pbe_fast.errors import InputError
 from pbe_fast.models import ModelSpec, save_model, spec_of
 from pbe_fast.options import to_dict
-from pbe_fast.ranking import Ranking
+from pbe_fast.ranking import Ranking, changed_labels, label_distances
 
 RANKING_NAME = "ranking.csv"
 TRACE_NAME = "trace.json"
@@ -79,6 +79,18 @@ class PurifyResult:
         if self.ranking is None:
             raise ValueError("no ranking; got a run without train_data; accepted: one with a training set")
         return self.ranking.suspected()
+
+    def suspected_labels(self) -> list[int]:
+        """Labels whose images the purification changed far more than those of others: the attacker's target, if any.
+
+        An attack from every label to the next one names none.
+
+        Raises:
+            ValueError: There was no training set to rank.
+        """
+        self.suspected()
+        assert self.ranking is not None and self.train_data is not None
+        return suspected_labels(self.ranking, self.train_data)
 
     def report(self) -> dict[str, Any]:
         """Everything but the tensors, as plain JSON values: the contents of ``report.json``."""
@@ -165,6 +177,7 @@ def summarize(ranking: Ranking, data: ImageSet) -> dict[str, Any]:
         "images": len(data),
         "suspected": int(suspected.sum()),
         "not_finite": ranking.num_nonfinite,
+        "suspected_labels": [data.class_names[k] for k in suspected_labels(ranking, data)],
     }
     if data.poison_mask is not None and 0 < int(data.poison_mask.sum()) < len(data):
         found = int((suspected & data.poison_mask).sum())
@@ -176,6 +189,11 @@ def summarize(ranking: Ranking, data: ImageSet) -> dict[str, Any]:
             "recall": found / int(data.poison_mask.sum()),
         }
     return summary
+
+
+def suspected_labels(ranking: Ranking, data: ImageSet) -> list[int]:
+    """Labels whose images changed far more than those of others: the attacker's target, where there is one."""
+    return changed_labels(label_distances(ranking, data.labels, data.num_classes)).nonzero()[:, 0].tolist()
 
 
 def write_ranking(path: str | os.PathLike[str], ranking: Ranking, data: ImageSet) -> Path:

@@ -133,9 +133,18 @@ class Run:
         suspects: Tensor,
         steady: Tensor | None = None,
     ) -> Ranking:
-        """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking."""
+        """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking.
+
+        Of suspected labels an image has to rank clean after all of them. The model of round 0 knows best: it has
+        learned from trusted images, or from none of the label. Later ones learn the label again, from its clean images,
+        and no longer tell poisoned ones whose label is right (SIG).
+        """
+        farthest, agrees_always = ranking.distance, agrees
         for t, fraction in enumerate(fractions, start=1):
-            chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
+            farthest, agrees_always = farthest.maximum(ranking.distance), agrees_always & agrees
+            chosen = next_extra_set(
+                ranking, train.labels, suspects, fraction, agrees=agrees_always, farthest=farthest, steady=steady
+            )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
             ranking, agrees = self._rank(train, infected_logits)
             self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from pbe_fast.config import PurifyConfig
+from pbe_fast.cli.texts import ranking_text
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
 from pbe_fast.models import SmallCNN, load_model
@@ -62,7 +64,7 @@ def test_save_writes_a_run_that_loads(tmp_path: Path) -> None:
         name: sha256_of_file(out / name) for name in ("model.safetensors", "config.json", "ranking.csv")
     }
     assert report["ranking"] == {
-        "images": 12, "suspected": 3, "not_finite": 0, "poisoned": 3,
+        "images": 12, "suspected": 3, "not_finite": 0, "suspected_labels": [], "poisoned": 3,
         "ap_of_poisoned": 1.0, "ap_of_clean": 1.0, "precision": 1.0, "recall": 1.0,
     }  # fmt: skip
     with pytest.raises(OutputError, match="already holds a run"):
@@ -94,7 +96,22 @@ def test_a_ranking_with_ties_and_logits_that_are_not_finite(tmp_path: Path) -> N
         rows = list(csv.reader(file))
     assert [row[:2] for row in rows] == [["index", "label"], ["1", "2"], ["2", "1"], ["3", "0"], ["0", "3"]]
     assert [row[3] for row in rows[1:]] == ["1", "1", "0", "0"]
-    assert summarize(ranking, data) == {"images": 4, "suspected": 2, "not_finite": 1}
+    assert summarize(ranking, data) == {"images": 4, "suspected": 2, "not_finite": 1, "suspected_labels": []}
+
+
+def test_labels_that_changed_far_more_than_others_are_named() -> None:
+    data = dataclasses.replace(make_set(), class_names=("ant", "bee", "cat", "dog"), poison_mask=None)
+    distance = torch.tensor([0.9, 0.1, 0.1, 0.2] * 3)
+    ranking = Ranking(distance, distance.argsort(stable=True), 0)
+    result = dataclasses.replace(make_result(SmallCNN(4, 1, 4)), ranking=ranking, train_data=data)
+    assert result.suspected_labels() == [0]
+    assert result.report()["ranking"]["suspected_labels"] == ["ant"]
+    assert ranking_text(summarize(ranking, data)).splitlines() == [
+        "suspected: 3 of 12 training images",
+        "labels that changed far more than the others: ant",
+    ]
+    with pytest.raises(ValueError, match="no ranking"):
+        make_result(SmallCNN(4, 1, 4), ranked=False).suspected_labels()
 
 
 def test_reports_merge_and_hold_nothing_that_json_lacks() -> None:

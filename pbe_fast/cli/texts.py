@@ -9,12 +9,15 @@ from typing import Any
 def ranking_text(summary: Mapping[str, Any]) -> str:
     """How many images are suspected, and how right that is where the truth is known."""
     text = f"suspected: {summary['suspected']:,} of {summary['images']:,} training images"
-    if "recall" not in summary:
-        return text
-    return (
-        f"{text}, {_percent(summary['precision'])} of them poisoned; {_percent(summary['recall'])} of the "
-        f"{summary['poisoned']:,} poisoned images are among them (AP {summary['ap_of_poisoned']:.2f})"
-    )
+    if "recall" in summary:
+        text += (
+            f", {_percent(summary['precision'])} of them poisoned; {_percent(summary['recall'])} of the "
+            f"{summary['poisoned']:,} poisoned images are among them (AP {summary['ap_of_poisoned']:.2f})"
+        )
+    labels = summary["suspected_labels"]
+    if labels:
+        text += f"\nlabels that changed far more than the others: {', '.join(labels)}"
+    return text
 
 
 def findings_text(history: Iterable[Mapping[str, Any]]) -> list[str]:
