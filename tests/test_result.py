@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from pbe_fast.config import PurifyConfig
 from pbe_fast.cli.texts import ranking_text
+from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
 from pbe_fast.models import SmallCNN, load_model
