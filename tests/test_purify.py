@@ -20,7 +20,7 @@ from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfi
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.streaming import stream
-from pbe_fast.extra_set import initial_extra_set
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
@@ -335,6 +335,23 @@ def test_the_first_round_starts_from_the_infected_model_all_the_same(
     monkeypatch.setattr(FineTuner, "run", watched)
     _leaving_out(infected, monkeypatch)
     assert starts == [True, True, True, False, False]
+
+
+def test_of_suspected_labels_an_image_has_to_rank_clean_after_every_round(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def watched(ranking: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        asked.append((ranking.distance, keywords["farthest"], keywords["agrees"]))
+        return next_extra_set(ranking, *arguments, **keywords)
+
+    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", watched)
+    run(infected.model, infected.train_data)
+    (first, farthest, agrees), (second, farthest_of_both, agrees_twice) = asked
+    assert torch.equal(farthest, first) and not torch.equal(first, second)
+    assert torch.equal(farthest_of_both, first.maximum(second))
+    assert (agrees_twice <= agrees).all()
 
 
 @pytest.mark.parametrize("options", [{"leave_out": False}, {"initial": "hard"}, {"initial": "random"}])
