@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,70 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quarters import PLAIN, QUICK, infect, logits, quarters, run
 from torch import Tensor, nn
 
 import pbe_fast
 from pbe_fast.attack import InfectedModel, train_infected
 from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
-from pbe_fast.data import ImageSet, as_image_set, split
+from pbe_fast.data import as_image_set, split
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.streaming import stream
-from pbe_fast.extra_set import initial_extra_set, next_extra_set
-from pbe_fast.finetune import FineTuner
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import Normalized, SmallCNN
 from pbe_fast.poison import triggered_test_set
 from pbe_fast.purify import purify
-from pbe_fast.ranking import poisoned_share, rank_images
-from pbe_fast.result import PurifyResult
-
-SHAPE = (1, 8, 8)
-PLAIN = FineTuneConfig(lr=0.02, batch_size=32, augment="none")
-QUICK = PurifyConfig(
-    pgd=PGDConfig(eps=0.05, steps=2),
-    finetune=PLAIN,
-    adversarial_steps=7,
-    clean_steps=3,
-    clean_epochs=1,
-    fractions=(0.1, 0.25, 0.5),
-    initial="random",
-)
-
-
-def quarters(n: int = 160, seed: int = 0) -> ImageSet:
-    """Four classes: which quarter of a noisy image is bright."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 4
-    images = torch.randint(0, 60, (n, *SHAPE), dtype=torch.uint8, generator=generator)
-    for i, label in enumerate(labels.tolist()):
-        row, column = 4 * (label // 2), 4 * (label % 2)
-        images[i, 0, row : row + 3, column : column + 3] += 120
-    return ImageSet(images, labels, tuple("abcd"), name="quarters")
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 4)
-    )
 
 
 @pytest.fixture(scope="module")
 def infected() -> InfectedModel:
-    training = FineTuneConfig(lr=0.05, batch_size=32, augment="none", mix_clean=False, distill_weight=0.0)
-    config = AttackConfig(attack="badnets", epochs=8, training=training)
-    return train_infected(network(), quarters(), config=config, device="cpu", precision="fp32", progress=False)
-
-
-def run(model: nn.Module, train: Any = None, clean: Any = None, *, seed: int = 0, **options: Any) -> PurifyResult:
-    config = dataclasses.replace(QUICK, **options)
-    return purify(
-        model, train, clean_data=clean, config=config, seed=seed, device="cpu", precision="fp32", progress=False
-    )
-
-
-def logits(model: nn.Module) -> Tensor:
-    return predict_logits(model, quarters(seed=9).images)
+    return infect()
 
 
 # The caller's model
@@ -169,199 +122,6 @@ def test_the_global_random_state_goes_on_as_before(infected: InfectedModel) -> N
     assert torch.equal(torch.rand(3), expected)
 
 
-# Without a clean set
-
-
-def test_every_round_of_algorithm_1_is_in_the_history(infected: InfectedModel) -> None:
-    result = run(infected.model, infected.train_data)
-    assert [e["round"] for e in result.history] == [0, 1, 2]
-    assert [e["extra_set_size"] for e in result.history] == [16, 40, 80]
-    for entry in result.history:
-        assert math.isfinite(entry["adversarial_loss"])
-        assert math.isfinite(entry["clean_loss"])
-        assert entry["seconds"].keys() == {"adversarial", "clean", "ranking"}
-        assert all(seconds > 0 for seconds in entry["seconds"].values())
-        assert 0 < entry["ap_of_poisoned"] <= 1
-        assert 0 < entry["ap_of_clean"] <= 1
-        assert 0 <= entry["extra_set_poison_rate"] <= 1
-    json.dumps(result.history, allow_nan=False)
-    for phase in ("adversarial", "clean", "ranking"):
-        assert result.seconds[phase] == pytest.approx(sum(entry["seconds"][phase] for entry in result.history))
-    assert result.config.fractions == (0.1, 0.25, 0.5)
-    assert result.precision == "float32"
-    assert result.train_data is not None
-
-
-@pytest.mark.parametrize("mask", [None, torch.zeros(160, dtype=torch.bool)])
-def test_where_the_truth_is_not_known_nothing_is_said_of_it(infected: InfectedModel, mask: Tensor | None) -> None:
-    unknown = dataclasses.replace(infected.train_data, poison_mask=mask, true_labels=None)
-    result = run(infected.model, unknown)
-    known = {"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"}
-    assert all(not known & set(entry) for entry in result.history)
-
-
-def test_the_algorithm_does_not_look_at_the_truth(infected: InfectedModel) -> None:
-    blind = dataclasses.replace(infected.train_data, poison_mask=None, true_labels=None)
-    seeing = run(infected.model, infected.train_data)
-    assert torch.equal(logits(run(infected.model, blind).model), logits(seeing.model))
-
-
-def test_the_ranking_is_by_eq_9_against_the_infected_model(infected: InfectedModel) -> None:
-    result = run(infected.model, infected.train_data)
-    images = infected.train_data.images
-    expected = rank_images(predict_logits(infected.model, images), predict_logits(result.model, images))
-    assert result.ranking is not None
-    torch.testing.assert_close(result.ranking.distance, expected.distance, atol=1e-6, rtol=1e-3)
-    assert torch.equal(result.suspected(), result.ranking.suspected())
-
-
-def test_the_next_extra_set_is_the_top_of_the_ranking(infected: InfectedModel) -> None:
-    mask = infected.train_data.poison_mask
-    assert mask is not None
-    first = run(infected.model, infected.train_data, fractions=(0.25,))
-    assert first.ranking is not None
-    shares = []
-    for fraction in (0.3, 0.6, 1.0):
-        both = run(infected.model, infected.train_data, fractions=(0.25, fraction))
-        assert both.history[0]["extra_set_poison_rate"] == first.history[0]["extra_set_poison_rate"]
-        assert both.history[1]["extra_set_poison_rate"] == poisoned_share(first.ranking.top(fraction), mask)
-        shares.append(both.history[1]["extra_set_poison_rate"])
-    assert shares[2] == 0.1
-
-
-@pytest.mark.parametrize(("steps", "epochs", "per_round"), [(3, 1, [3, 3, 3]), (3, 2, [3, 4, 6]), (0, 0, [0, 0, 0])])
-def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int, per_round: list[int]) -> None:
-    # Batches of 32: the extra sets of 16, 40 and 80 images make 1, 2 and 3.
-    before = int(infected.model.get_buffer("1.num_batches_tracked"))
-    result = run(infected.model, infected.train_data, clean_steps=steps, clean_epochs=epochs)
-    made = int(result.model.get_buffer("1.num_batches_tracked")) - before
-    assert made == 3 * 7 + sum(per_round)
-
-
-def test_whoever_looks_on_sees_every_round_and_changes_nothing(infected: InfectedModel) -> None:
-    seen: list[tuple[int, dict[str, Tensor], Any]] = []
-
-    def look(t: int, model: nn.Module, ranking: Any) -> str:
-        assert not model.training
-        seen.append((t, copy.deepcopy(model.state_dict()), ranking))
-        torch.rand(100)
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        return "ignored"
-
-    options: dict[str, Any] = {"config": QUICK, "device": "cpu", "progress": False}
-    watched = purify(infected.model, infected.train_data, on_round=look, **options)
-    alone = purify(infected.model, infected.train_data, **options)
-    assert [t for t, _, _ in seen] == [0, 1, 2]
-    assert [r.ap_of_poisoned(infected.train_data.poison_mask) for _, _, r in seen] == [
-        entry["ap_of_poisoned"] for entry in watched.history
-    ]
-    for name, value in alone.model.state_dict().items():
-        assert torch.equal(value, watched.model.state_dict()[name])
-        assert torch.equal(value, seen[-1][1][name])
-    seen.clear()
-    purify(infected.model, clean_data=infected.train_data, on_round=look, **options)
-    assert [(t, ranking) for t, _, ranking in seen] == [(0, None)]
-
-
-def test_the_infected_model_sees_the_training_set_once_per_run(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[tuple[bool, int]] = []
-
-    def watched(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
-        shown.append((next(model.parameters()).requires_grad, len(images)))
-        return predict_logits(model, images, **options)
-
-    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "predict_logits", watched)
-    run(infected.model, infected.train_data)
-    # The infected model is the one that never trains.
-    assert shown == [(False, 160), (True, 160), (True, 160), (True, 160)]
-
-
-# Where no label attracts
-
-
-def _leaving_out(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> tuple[PurifyResult, list[list[int]]]:
-    """A run in which the attack leads to no label, and the labels left out of each first extra set that was made."""
-    left_out: list[list[int]] = []
-
-    def watched(*arguments: Any, **keywords: Any) -> Tensor:
-        left_out.append(arguments[2].nonzero()[:, 0].tolist())
-        return initial_extra_set(*arguments, **keywords)
-
-    rounds = sys.modules["pbe_fast.rounds"]
-    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.zeros(4, dtype=torch.bool))
-    monkeypatch.setattr(rounds, "initial_extra_set", watched)
-    return run(infected.model, infected.train_data, initial="steady", **options), left_out
-
-
-def test_half_of_the_labels_is_left_out_in_turn_and_then_those_that_changed(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Tensor] = []
-
-    def third(distances: Tensor) -> Tensor:
-        asked.append(distances)
-        return torch.arange(4) == 2
-
-    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "changed_labels", third)
-    result, left_out = _leaving_out(infected, monkeypatch)
-    assert left_out == [[0, 2], [1, 3], [2]]
-    (distances,) = asked
-    assert (distances > 0).all()
-    assert all(entry["suspected_labels"] == [2] for entry in result.history)
-    assert [entry["round"] for entry in result.history] == [0, 1, 2]
-    # What it takes is told apart from the rounds.
-    for phase in ("adversarial", "clean", "ranking"):
-        assert result.seconds[f"labels left out: {phase}"] > 0
-        assert result.seconds[phase] == pytest.approx(sum(entry["seconds"][phase] for entry in result.history))
-
-
-def test_the_first_round_starts_from_the_infected_model_all_the_same(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts: list[bool] = []
-
-    def watched(self: FineTuner, *arguments: Any, **keywords: Any) -> float:
-        if keywords["desc"].endswith("adversarial"):
-            state = infected.model.state_dict()
-            starts.append(all(torch.equal(value, state[name]) for name, value in self._model.state_dict().items()))
-        return float(tune(self, *arguments, **keywords))
-
-    tune = FineTuner.run
-    monkeypatch.setattr(FineTuner, "run", watched)
-    _leaving_out(infected, monkeypatch)
-    assert starts == [True, True, True, False, False]
-
-
-def test_of_suspected_labels_an_image_has_to_rank_clean_after_every_round(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def watched(ranking: Any, *arguments: Any, **keywords: Any) -> Tensor:
-        asked.append((ranking.distance, keywords["farthest"], keywords["agrees"]))
-        return next_extra_set(ranking, *arguments, **keywords)
-
-    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", watched)
-    run(infected.model, infected.train_data)
-    (first, farthest, agrees), (second, farthest_of_both, agrees_twice) = asked
-    assert torch.equal(farthest, first) and not torch.equal(first, second)
-    assert torch.equal(farthest_of_both, first.maximum(second))
-    assert (agrees_twice <= agrees).all()
-
-
-@pytest.mark.parametrize("options", [{"leave_out": False}, {"initial": "hard"}, {"initial": "random"}])
-def test_no_label_is_left_out_where_that_is_not_asked_for(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    result = run(infected.model, infected.train_data, **{"initial": "steady", **options})
-    assert not any(phase.startswith("labels left out") for phase in result.seconds)
-
-
 # Larger than the device
 
 
@@ -442,56 +202,6 @@ def test_a_profile_tells_the_work_of_every_phase_and_lands_in_the_report(
     assert {e["name"] for e in trace["traceEvents"] if e.get("cat") == "phase"} == set(rows)
     assert "trace.json" in report["sha256"]["outputs"]
     assert run(infected.model, infected.train_data).profile is None
-
-
-# With a clean set
-
-
-def test_with_a_clean_set_there_may_be_one_round_and_a_ranking_for_the_record(infected: InfectedModel) -> None:
-    result = run(infected.model, infected.train_data, quarters(40, seed=1), refining_fractions=())
-    (entry,) = result.history
-    assert entry["extra_set_size"] == 40
-    assert entry["seconds"].keys() == {"adversarial", "clean", "ranking"}
-    assert "extra_set_poison_rate" not in entry
-    assert {"ap_of_poisoned", "ap_of_clean"} <= set(entry)
-    assert result.ranking is not None
-    assert len(result.ranking.order) == 160
-
-
-def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(infected: InfectedModel) -> None:
-    mask = infected.train_data.poison_mask
-    assert mask is not None
-    clean = quarters(40, seed=1)
-    once = run(infected.model, infected.train_data, clean, refining_fractions=())
-    assert once.ranking is not None and once.history[0]["suspected_labels"] == []
-    twice = run(infected.model, infected.train_data, clean, refining_fractions=(0.25, 0.5))
-    assert [entry["round"] for entry in twice.history] == [0, 1, 2]
-    assert [entry["extra_set_size"] for entry in twice.history] == [40, 40, 80]
-    assert twice.history[1]["extra_set_poison_rate"] == poisoned_share(once.ranking.top(0.25), mask)
-    assert not torch.equal(logits(once.model), logits(twice.model))
-    assert twice.ranking is not None and not torch.equal(once.ranking.distance, twice.ranking.distance)
-
-
-def test_with_a_clean_set_the_training_set_may_be_missing_and_is_only_ranked_if_so_asked(
-    infected: InfectedModel,
-) -> None:
-    clean = quarters(40, seed=1)
-    alone = run(infected.model, None, clean)
-    assert alone.ranking is None
-    assert alone.train_data is None
-    assert len(alone.history) == 1 and alone.history[0]["seconds"].keys() == {"adversarial", "clean"}
-    with pytest.raises(ValueError, match="no ranking"):
-        alone.suspected()
-    ranked = run(infected.model, infected.train_data, clean, refining_fractions=())
-    assert torch.equal(logits(alone.model), logits(ranked.model))
-
-
-def test_a_pair_of_arrays_will_do_and_takes_the_classes_of_the_training_set(infected: InfectedModel) -> None:
-    clean = quarters(40, seed=1)
-    some = clean.labels < 2
-    pair = (clean.images[some].numpy(), clean.labels[some].numpy())
-    result = run(infected.model, infected.train_data, pair)
-    assert result.history[0]["extra_set_size"] == 20
 
 
 # Whether it works

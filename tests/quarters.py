@@ -1,0 +1,67 @@
+"""A small infected model that trains in a second: which quarter of a noisy image is bright."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbe_fast.attack import InfectedModel, train_infected
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.engine.forward import predict_logits
+from pbe_fast.purify import purify
+from pbe_fast.result import PurifyResult
+
+SHAPE = (1, 8, 8)
+PLAIN = FineTuneConfig(lr=0.02, batch_size=32, augment="none")
+QUICK = PurifyConfig(
+    pgd=PGDConfig(eps=0.05, steps=2),
+    finetune=PLAIN,
+    adversarial_steps=7,
+    clean_steps=3,
+    clean_epochs=1,
+    fractions=(0.1, 0.25, 0.5),
+    initial="random",
+)
+
+
+def quarters(n: int = 160, seed: int = 0) -> ImageSet:
+    """Four classes: which quarter of a noisy image is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    images = torch.randint(0, 60, (n, *SHAPE), dtype=torch.uint8, generator=generator)
+    for i, label in enumerate(labels.tolist()):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        images[i, 0, row : row + 3, column : column + 3] += 120
+    return ImageSet(images, labels, tuple("abcd"), name="quarters")
+
+
+def network() -> nn.Module:
+    """Not yet trained."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 4)
+    )
+
+
+def infect() -> InfectedModel:
+    """BadNets, with a tenth of `quarters` poisoned."""
+    training = FineTuneConfig(lr=0.05, batch_size=32, augment="none", mix_clean=False, distill_weight=0.0)
+    config = AttackConfig(attack="badnets", epochs=8, training=training)
+    return train_infected(network(), quarters(), config=config, device="cpu", precision="fp32", progress=False)
+
+
+def run(model: nn.Module, train: Any = None, clean: Any = None, *, seed: int = 0, **options: Any) -> PurifyResult:
+    """`purify` with `QUICK` and further options."""
+    config = dataclasses.replace(QUICK, **options)
+    return purify(
+        model, train, clean_data=clean, config=config, seed=seed, device="cpu", precision="fp32", progress=False
+    )
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Of other images."""
+    return predict_logits(model, quarters(seed=9).images)
