@@ -26,7 +26,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
-from pbe_fast.ranking import Ranking, changed_labels, label_distances, rank_images
+from pbe_fast.ranking import Ranking, changed_labels, label_distances, rank_distances, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
 from pbe_fast.waves import add_waves
@@ -166,6 +166,8 @@ def purify_plainly(
         )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
+    apart = suspects[train.labels]
+    ranking = rank_distances(torch.where(apart, farthest.maximum(ranking.distance), ranking.distance))
     return PlainResult(purified.eval(), ranking)
 
 

@@ -95,7 +95,11 @@ def changed_labels(distances: Tensor) -> Tensor:
 
 def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:
     """Ranks images by the logits that the infected and the purified model give them, both (N, K)."""
-    distance = cosine_distance(infected_logits, purified_logits)
+    return rank_distances(cosine_distance(infected_logits, purified_logits))
+
+
+def rank_distances(distance: Tensor) -> Ranking:
+    """Ranks images by their (N,) distances."""
     ranked = rank(distance)
     return Ranking(distance=distance, order=ranked.indices, num_nonfinite=ranked.num_nonfinite)
 

@@ -42,7 +42,8 @@ class PurifyResult:
 
     Attributes:
         model: In eval mode, with the device and dtypes of the model that was given.
-        ranking: Of the training set (Eq. 9); None where none was given.
+        ranking: Of the training set (Eq. 9; of suspected labels by the largest distance of all rounds); None where none
+            was given.
         history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
             the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
             ranking), ``suspected_labels`` (whose images were chosen with more care), and where the truth is known

@@ -24,7 +24,7 @@ from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
-from pbe_fast.ranking import Ranking, changed_labels, label_distances, poisoned_share, rank_images
+from pbe_fast.ranking import Ranking, changed_labels, label_distances, poisoned_share, rank_distances, rank_images
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
 
@@ -137,7 +137,8 @@ class Run:
 
         Of suspected labels an image has to rank clean after all of them. The model of round 0 knows best: it has
         learned from trusted images, or from none of the label. Later ones learn the label again, from its clean images,
-        and no longer tell poisoned ones whose label is right (SIG).
+        and no longer tell poisoned ones whose label is right (SIG). So does the
+        ranking that is returned.
         """
         farthest, agrees_always = ranking.distance, agrees
         for t, fraction in enumerate(fractions, start=1):
@@ -148,7 +149,10 @@ class Run:
             entry = self._purify_model(train, chosen, desc=f"round {t}")
             ranking, agrees = self._rank(train, infected_logits)
             self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
-        return ranking
+        if not suspects.any():
+            return ranking
+        apart = suspects.to(train.device)[train.labels]
+        return rank_distances(torch.where(apart, farthest.maximum(ranking.distance), ranking.distance))
 
     def _finish_round(self, t: int, entry: dict[str, Any], ranking: Ranking | None = None) -> None:
         self.history.append({"round": t, **entry})

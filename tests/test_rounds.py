@@ -213,6 +213,26 @@ def test_of_suspected_labels_an_image_has_to_rank_clean_after_every_round(
     assert (agrees_twice <= agrees).all()
 
 
+def test_the_last_ranking_is_of_all_rounds_where_a_label_is_suspected(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_round: list[Tensor] = []
+
+    def watched(*arguments: Any) -> Any:
+        by_round.append(rank_images(*arguments).distance)
+        return rank_images(*arguments)
+
+    rounds = sys.modules["pbe_fast.rounds"]
+    monkeypatch.setattr(rounds, "rank_images", watched)
+    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.arange(4) == 1)
+    result = run(infected.model, infected.train_data, initial="hard")
+    assert result.ranking is not None
+    farthest = torch.stack(by_round).amax(0)
+    expected = torch.where(infected.train_data.labels == 1, farthest, by_round[-1])
+    assert torch.equal(result.ranking.distance, expected) and not torch.equal(farthest, by_round[-1])
+    assert torch.equal(result.ranking.order, expected.argsort(stable=True))
+
+
 @pytest.mark.parametrize("options", [{"leave_out": False}, {"initial": "hard"}, {"initial": "random"}])
 def test_no_label_is_left_out_where_that_is_not_asked_for(
     infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
