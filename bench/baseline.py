@@ -156,6 +156,8 @@ def purify_plainly(
             steady = fragile < 1 - config.fragile_share
             if config.leave_out and train.num_classes >= 4:
                 suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
+            if suspects.any():
+                fragile = steady = None
         first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
     farthest, agrees_always = ranking.distance, agrees

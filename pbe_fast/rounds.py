@@ -107,6 +107,8 @@ class Run:
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
             suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
+            # Nothing of the other labels is poisoned then: no need to keep to steady images.
+            fragile = None if suspects.any() else fragile
         # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out.
         chosen = self._first_extra_set(train, infected_logits, suspects, fragile)

@@ -99,7 +99,7 @@ def test_a_label_that_attracts_gives_the_top_of_its_better_part(fraction: float)
     chosen = next_extra_set(ranking, labels, SECOND, fraction)
     of_others = [i for i in ranking.order.tolist() if labels[i] != 1]
     better = [i for i in ranking.order.tolist() if i in mine[:5].tolist()]
-    expected = of_others[: round(fraction * 60)] + better[: max(1, round(fraction * 5))]
+    expected = of_others[: round(fraction * 60)] + better[: max(1, round(min(fraction, 0.5) * 5))]
     assert chosen.tolist() == expected
 
 
@@ -123,7 +123,7 @@ def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_wi
     agrees = torch.arange(10) % 2 == 1
     chosen = next_extra_set(ranking, labels, attracting, 1.0, agrees=agrees)
     assert set(chosen.tolist()) <= {1, 3, 5, 7, 9}
-    assert len(chosen) == 2  # of the better half, 0 to 4
+    assert len(chosen) == 1  # half of 1 and 3, of the better half, 0 to 4
     none_agree = torch.zeros(10, dtype=torch.bool)
     assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
 
@@ -135,11 +135,9 @@ def test_of_an_attracting_label_what_was_farthest_in_an_earlier_round_stays_out(
     # Of label 1 the last five were far away once; the ranking no longer knows.
     farthest = distance + (torch.arange(20) >= 10) * (labels == 1) * torch.linspace(0.7, 0.9, 20)
     chosen = next_extra_set(ranking, labels, torch.tensor([False, True]), 1.0, farthest=farthest)
-    assert sorted(chosen[labels[chosen] == 1].tolist()) == [1, 3, 5, 7, 9]
+    never_far = [i for i in ranking.order.tolist() if i in (1, 3, 5, 7, 9)]
+    assert chosen[labels[chosen] == 1].tolist() == never_far[:2]
     assert chosen[labels[chosen] == 0].tolist() == [i for i in ranking.order.tolist() if i % 2 == 0]
-    nearest = next_extra_set(ranking, labels, torch.tensor([False, True]), 0.4, farthest=farthest)
-    of_label_1 = [i for i in ranking.order.tolist() if i in (1, 3, 5, 7, 9)]
-    assert nearest[labels[nearest] == 1].tolist() == of_label_1[:2]
 
 
 def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
