@@ -137,10 +137,9 @@ class Run:
     ) -> Ranking:
         """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking.
 
-        Of suspected labels an image has to rank clean after all of them. The model of round 0 knows best: it has
-        learned from trusted images, or from none of the label. Later ones learn the label again, from its clean images,
-        and no longer tell poisoned ones whose label is right (SIG). So does the
-        ranking that is returned.
+        Of suspected labels an image has to rank clean after all of them, and the last ranking is by the largest of its
+        distances. The model of round 0 knows best: it has learned from trusted images, or from none of the label. Later
+        ones learn the label again, from its clean images, and no longer tell poisoned ones whose label is right (SIG).
         """
         farthest, agrees_always = ranking.distance, agrees
         for t, fraction in enumerate(fractions, start=1):
