@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from pbe_fast.config import PurifyConfig
 from pbe_fast.ranking import Ranking, otsu_threshold
 
-# Of the part of a suspected label that ranks better. Where most of the label is poisoned (SIG: four fifths) the worse
-# half of that part is poisoned as well.
-_OF_SUSPECTED = 0.5
+# Distances below that of bfloat16's rounding are alike.
+_NEAREST = 1e-6
 
 
 def initial_extra_set(
@@ -77,9 +76,10 @@ def next_extra_set(
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
 
     Labels left out of D_ext^0 have been forgotten a little, so that all their images rank low, poisoned or not; within
-    such a label the poisoned ones still rank lowest. So it gives the top ``fraction``, a half at most, of its better
-    part, split by Otsu's threshold, as far as the purified model agrees with the label: of a poisoned image it should
-    not.
+    such a label the poisoned ones still rank lowest. So it gives the top ``fraction`` of its better part, as far as
+    the purified model agrees with the label: of a poisoned image it should not. The part is split by Otsu's threshold,
+    of the distances' logarithms: clean images lie close together, and where most are poisoned (SIG) a threshold between
+    the means is far too high.
 
     Args:
         ranking: Of the training set.
@@ -103,10 +103,11 @@ def next_extra_set(
         distance = (ranking.distance if farthest is None else farthest)[order]
         nearest = distance.argsort(stable=True)
         order, distance = order[nearest], distance[nearest]
-        better = order[distance <= otsu_threshold(distance[distance.isfinite()])]
+        steps = distance.clamp_min(_NEAREST).log()
+        better = order[steps <= otsu_threshold(steps[distance.isfinite()])]
         if agrees is not None and agrees[better].any():
             better = better[agrees[better]]
-        chosen.append(_first(better, min(fraction, _OF_SUSPECTED)))
+        chosen.append(_first(better, fraction))
     return torch.cat(chosen)
 
 

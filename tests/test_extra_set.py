@@ -99,7 +99,7 @@ def test_a_label_that_attracts_gives_the_top_of_its_better_part(fraction: float)
     chosen = next_extra_set(ranking, labels, SECOND, fraction)
     of_others = [i for i in ranking.order.tolist() if labels[i] != 1]
     better = [i for i in ranking.order.tolist() if i in mine[:5].tolist()]
-    expected = of_others[: round(fraction * 60)] + better[: max(1, round(min(fraction, 0.5) * 5))]
+    expected = of_others[: round(fraction * 60)] + better[: max(1, round(fraction * 5))]
     assert chosen.tolist() == expected
 
 
@@ -117,13 +117,13 @@ def test_an_attracting_label_may_have_no_images_or_none_with_a_finite_distance()
 def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_with() -> None:
     # Ten images of label 0, which attracts; the even ones are poisoned, and rank among the clean ones.
     labels = torch.zeros(10, dtype=torch.int64)
-    distance = torch.arange(10.0)
+    distance = torch.tensor([0.01] * 5 + [0.2] * 5) + torch.arange(10) / 1e4
     ranking = Ranking(distance=distance, order=distance.argsort(), num_nonfinite=0)
     attracting = torch.tensor([True, False, False])
     agrees = torch.arange(10) % 2 == 1
     chosen = next_extra_set(ranking, labels, attracting, 1.0, agrees=agrees)
     assert set(chosen.tolist()) <= {1, 3, 5, 7, 9}
-    assert len(chosen) == 1  # half of 1 and 3, of the better half, 0 to 4
+    assert len(chosen) == 2  # of the better half, 0 to 4
     none_agree = torch.zeros(10, dtype=torch.bool)
     assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
 
@@ -135,8 +135,7 @@ def test_of_an_attracting_label_what_was_farthest_in_an_earlier_round_stays_out(
     # Of label 1 the last five were far away once; the ranking no longer knows.
     farthest = distance + (torch.arange(20) >= 10) * (labels == 1) * torch.linspace(0.7, 0.9, 20)
     chosen = next_extra_set(ranking, labels, torch.tensor([False, True]), 1.0, farthest=farthest)
-    never_far = [i for i in ranking.order.tolist() if i in (1, 3, 5, 7, 9)]
-    assert chosen[labels[chosen] == 1].tolist() == never_far[:2]
+    assert sorted(chosen[labels[chosen] == 1].tolist()) == [1, 3, 5, 7, 9]
     assert chosen[labels[chosen] == 0].tolist() == [i for i in ranking.order.tolist() if i % 2 == 0]
 
 
