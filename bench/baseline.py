@@ -160,17 +160,17 @@ def purify_plainly(
                 fragile = steady = None
         first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
-    farthest, agrees_always = ranking.distance, agrees
+    targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
+    of_targets, farthest = targets[train.labels], ranking.distance
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
-        farthest, agrees_always = farthest.maximum(ranking.distance), agrees_always & agrees
         chosen = next_extra_set(
-            ranking, train.labels, suspects, fraction, agrees=agrees_always, farthest=farthest, steady=steady
+            ranking, train.labels, suspects, fraction, agrees=agrees, farthest=farthest, steady=steady
         )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
-        ranking, agrees = rank_plainly(infected, purified, train, where)
-    apart = suspects[train.labels]
-    ranking = rank_distances(torch.where(apart, farthest.maximum(ranking.distance), ranking.distance))
-    return PlainResult(purified.eval(), ranking)
+        ranking, agrees_now = rank_plainly(infected, purified, train, where)
+        farthest = torch.where(of_targets, farthest.maximum(ranking.distance), ranking.distance)
+        agrees = agrees_now & (agrees | ~of_targets)
+    return PlainResult(purified.eval(), rank_distances(farthest) if targets.any() else ranking)
 
 
 def rank_plainly(

@@ -137,23 +137,24 @@ class Run:
     ) -> Ranking:
         """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking.
 
-        Of suspected labels an image has to rank clean after all of them, and the last ranking is by the largest of its
-        distances. The model of round 0 knows best: it has learned from trusted images, or from none of the label. Later
-        ones learn the label again, from its clean images, and no longer tell poisoned ones whose label is right (SIG).
+        The model of round 0 knows the target's poisoned images best: it has learned from trusted ones, or from none of
+        the label. Later ones learn the label again, from its clean images, and no longer tell poisoned ones whose label
+        is right (SIG). So of a suspected label that did change far more than others an image has to rank clean after
+        every round, and the last ranking is by the largest of its distances.
         """
-        farthest, agrees_always = ranking.distance, agrees
+        targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        of_targets = targets.to(train.device)[train.labels]
+        farthest = ranking.distance
         for t, fraction in enumerate(fractions, start=1):
-            farthest, agrees_always = farthest.maximum(ranking.distance), agrees_always & agrees
             chosen = next_extra_set(
-                ranking, train.labels, suspects, fraction, agrees=agrees_always, farthest=farthest, steady=steady
+                ranking, train.labels, suspects, fraction, agrees=agrees, farthest=farthest, steady=steady
             )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
-            ranking, agrees = self._rank(train, infected_logits)
+            ranking, agrees_now = self._rank(train, infected_logits)
             self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
-        if not suspects.any():
-            return ranking
-        apart = suspects.to(train.device)[train.labels]
-        return rank_distances(torch.where(apart, farthest.maximum(ranking.distance), ranking.distance))
+            farthest = torch.where(of_targets, farthest.maximum(ranking.distance), ranking.distance)
+            agrees = agrees_now & (agrees | ~of_targets)
+        return rank_distances(farthest) if targets.any() else ranking
 
     def _finish_round(self, t: int, entry: dict[str, Any], ranking: Ranking | None = None) -> None:
         self.history.append({"round": t, **entry})

@@ -169,7 +169,7 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_those_that_changed(
     monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "changed_labels", third)
     result, left_out = _leaving_out(infected, monkeypatch)
     assert left_out == [[0, 2], [1, 3], [2]]
-    (distances,) = asked
+    distances = asked[0]
     assert (distances > 0).all()
     assert all(entry["suspected_labels"] == [2] for entry in result.history)
     assert [entry["round"] for entry in result.history] == [0, 1, 2]
@@ -196,41 +196,56 @@ def test_the_first_round_starts_from_the_infected_model_all_the_same(
     assert starts == [True, True, True, False, False]
 
 
-def test_of_suspected_labels_an_image_has_to_rank_clean_after_every_round(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def watched(ranking: Any, *arguments: Any, **keywords: Any) -> Tensor:
-        asked.append((ranking.distance, keywords["farthest"], keywords["agrees"]))
-        return next_extra_set(ranking, *arguments, **keywords)
-
-    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", watched)
-    run(infected.model, infected.train_data)
-    (first, farthest, agrees), (second, farthest_of_both, agrees_twice) = asked
-    assert torch.equal(farthest, first) and not torch.equal(first, second)
-    assert torch.equal(farthest_of_both, first.maximum(second))
-    assert (agrees_twice <= agrees).all()
-
-
-def test_the_last_ranking_is_of_all_rounds_where_a_label_is_suspected(
+def test_of_a_label_that_changed_an_image_has_to_rank_clean_after_every_round(
     infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_round: list[Tensor] = []
+    asked: list[tuple[Tensor, Tensor]] = []
 
-    def watched(*arguments: Any) -> Any:
+    def ranked(*arguments: Any) -> Any:
         by_round.append(rank_images(*arguments).distance)
         return rank_images(*arguments)
 
+    def chosen(*arguments: Any, **keywords: Any) -> Tensor:
+        asked.append((keywords["farthest"], keywords["agrees"]))
+        return next_extra_set(*arguments, **keywords)
+
     rounds = sys.modules["pbe_fast.rounds"]
-    monkeypatch.setattr(rounds, "rank_images", watched)
-    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.arange(4) == 1)
+    monkeypatch.setattr(rounds, "rank_images", ranked)
+    monkeypatch.setattr(rounds, "next_extra_set", chosen)
+    # Both are left out of the first extra set; one of them changes far more than the others.
+    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.arange(4) % 2 == 1)
+    monkeypatch.setattr(rounds, "changed_labels", lambda distances: torch.arange(4) == 1)
     result = run(infected.model, infected.train_data, initial="hard")
+    assert all(entry["suspected_labels"] == [1, 3] for entry in result.history)
+    target = infected.train_data.labels == 1
+    (first, agrees), (second, agrees_later) = asked
+    assert torch.equal(first, by_round[0])
+    assert torch.equal(second, torch.where(target, by_round[0].maximum(by_round[1]), by_round[1]))
+    assert not torch.equal(second, by_round[1])
+    assert (agrees_later[target] <= agrees[target]).all()
     assert result.ranking is not None
-    farthest = torch.stack(by_round).amax(0)
-    expected = torch.where(infected.train_data.labels == 1, farthest, by_round[-1])
-    assert torch.equal(result.ranking.distance, expected) and not torch.equal(farthest, by_round[-1])
+    expected = torch.where(target, torch.stack(by_round).amax(0), by_round[2])
+    assert torch.equal(result.ranking.distance, expected)
     assert torch.equal(result.ranking.order, expected.argsort(stable=True))
+
+
+def test_without_a_label_that_changed_each_round_goes_by_its_own_ranking(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def chosen(ranking: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        asked.append((ranking.distance, keywords["farthest"]))
+        return next_extra_set(ranking, *arguments, **keywords)
+
+    rounds = sys.modules["pbe_fast.rounds"]
+    monkeypatch.setattr(rounds, "next_extra_set", chosen)
+    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.arange(4) % 2 == 1)
+    monkeypatch.setattr(rounds, "changed_labels", lambda distances: torch.zeros(4, dtype=torch.bool))
+    result = run(infected.model, infected.train_data, initial="hard")
+    assert all(torch.equal(distance, farthest) for distance, farthest in asked)
+    assert result.ranking is not None and not torch.equal(result.ranking.distance, asked[-1][0])
 
 
 @pytest.mark.parametrize("options", [{"leave_out": False}, {"initial": "hard"}, {"initial": "random"}])
