@@ -204,10 +204,15 @@ def _in_place(scale: Scale) -> str:
 
 
 def stale_note(entries: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
-    """One note where cells were made with other options than the scale has now, else none."""
-    now = (_as_json(scale.describe(e["cell"]["data"], e["cell"]["task"])) for e in entries)
-    stale = any(e["config"] != options for e, options in zip(entries, now, strict=True))
-    return ["Some cells were made with other options than the present ones of this scale."] if stale else []
+    """One note where cells were made with other options than the scale has now, which names them; else none."""
+    stale: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        subject, task = entry["cell"], entry["cell"]["task"]
+        if entry["config"] != _as_json(scale.describe(subject["data"], task)):
+            attack = ATTACK_NAMES.get(subject["attack"], subject["attack"])
+            stale.setdefault(DEFENSE_NAMES.get(task, task), {})[attack] = None
+    named = "; ".join(f"{task} ({', '.join(attacks)})" for task, attacks in stale.items())
+    return [f"Made with other options than the present ones of this scale: {named}."] if stale else []
 
 
 def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], wanted: int, request: Request) -> list[str]:

@@ -64,7 +64,9 @@ def test_the_table_counts_hits_and_false_alarms(tmp_path: Path, made_up: Callabl
     text = make_scan_table(REQUEST, CPU, store)
     assert "False alarms: 1 of 1 benign" in text and "other options" not in text
     fewer = dataclasses.replace(CPU, scan=ScanConfig(images=100))
-    assert "- Some cells were made with other options" in make_scan_table(REQUEST, fewer, store)
+    assert "- Made with other options than the present ones of this scale: scan (Blend, benign)." in make_scan_table(
+        REQUEST, fewer, store
+    )
 
 
 def test_a_model_is_scanned_with_its_clean_images(tmp_path: Path, tiny: Scale) -> None:
