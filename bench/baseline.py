@@ -26,7 +26,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
-from pbe_fast.ranking import Ranking, changed_labels, label_distances, rank_distances, rank_images
+from pbe_fast.ranking import FEWEST_LABELS, Ranking, changed_labels, label_distances, rank_distances, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.torchvision_compat import import_torchvision
 from pbe_fast.waves import add_waves
@@ -154,23 +154,21 @@ def purify_plainly(
         if config.initial == "steady" and not suspects.any():
             fragile = fragility_plainly(infected, train, logits_of(infected, train, where), where)
             steady = fragile < 1 - config.fragile_share
-            if config.leave_out and train.num_classes >= 4:
+            if config.leave_out and len(train.labels.unique()) >= 2 * FEWEST_LABELS:
                 suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
-            if suspects.any():
+            if int(suspects.sum()) == 1:
                 fragile = steady = None
         first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
     targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
-    of_targets, farthest = targets[train.labels], ranking.distance
+    of_targets = targets[train.labels]
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
-        chosen = next_extra_set(
-            ranking, train.labels, suspects, fraction, agrees=agrees, farthest=farthest, steady=steady
-        )
+        chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
-        ranking, agrees_now = rank_plainly(infected, purified, train, where)
-        farthest = torch.where(of_targets, farthest.maximum(ranking.distance), ranking.distance)
+        now, agrees_now = rank_plainly(infected, purified, train, where)
+        ranking = rank_distances(torch.where(of_targets, ranking.distance.maximum(now.distance), now.distance))
         agrees = agrees_now & (agrees | ~of_targets)
-    return PlainResult(purified.eval(), rank_distances(farthest) if targets.any() else ranking)
+    return PlainResult(purified.eval(), ranking)
 
 
 def rank_plainly(
@@ -206,14 +204,15 @@ def forgotten_labels_plainly(
     device: torch.device,
 ) -> Tensor:
     """Labels that change far more than others where half of the labels is left out."""
-    changes = torch.zeros(train.num_classes, dtype=torch.float64)
+    forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
     for half in range(2):
-        left_out = torch.arange(train.num_classes) % 2 == half
+        left_out = torch.zeros_like(forgotten)
+        left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
         first_round_plainly(purified, infected, train, left_out, config, generator, fragile, device)
         ranking, _ = rank_plainly(infected, purified, train, device)
-        changes[left_out] = label_distances(ranking, train.labels, train.num_classes)[left_out]
-    return changed_labels(changes)
+        forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
+    return forgotten
 
 
 def fragility_plainly(model: nn.Module, data: ImageSet, logits: Tensor, device: torch.device) -> Tensor:

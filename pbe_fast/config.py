@@ -169,18 +169,18 @@ class PurifyConfig:
     initial: str = option(
         "steady",
         "the first extra set without a clean set: random (the paper); hard images, none of labels that attract the "
-        "attack; or steady: likewise, and where no label does, those whose label withstands small changes",
+        "attack; or steady: likewise, and where none is found, those whose label withstands small changes",
         ("steady", "hard", "random"),
     )
     steady_share: float = option(0.5, "how much of the images counts as steady enough for the first extra set")
     fragile_share: float = option(
-        0.3, "where no label attracts: the most fragile images, which later extra sets leave out (0: none)"
+        0.3, "where no label is found: the most fragile images, which later extra sets leave out (0: none)"
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
     leave_out: bool = option(
         True,
-        "where no label attracts: purify twice without images of half of the labels, to see of which label the model "
-        "changes most; none of its images is in the first extra set",
+        "with initial steady, where no label attracts: purify twice without images of half of the labels, to see of "
+        "which label the model changes most, and leave that one out of the first extra set (of eight labels and more)",
     )
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Infect a small network on scikit-learn's digits and purify it, with a clean set and without.
 
-    For comparison the infected model is also fine-tuned on the same clean images, for as many updates. The model that
-    was purified with the clean set is exported and checked in onnxruntime.
+    For comparison the infected model is also fine-tuned on the same clean images, for as many updates as the round on
+    them has. The model that was purified with the clean set is exported and checked in onnxruntime.
 
     Args:
         out: Folder for the purified model, model.onnx, ranking.csv, figure.png, report.html and report.json.
@@ -82,7 +82,7 @@ def run_demo(
         infected = train_infected(model, train, config=infection, **common)
 
     config = config or PurifyConfig(pgd=PGDConfig(eps=EPS))
-    note(f"2/5 purifying it with {len(clean)} clean digits")
+    note(f"2/5 purifying it with {len(clean)} clean digits, then with what ranks clean")
     with clock.phase("purification"):
         with_clean = purify(infected.model, infected.train_data, clean_data=clean, config=config, **common)
     note("3/5 fine-tuning it on the same digits, for comparison")

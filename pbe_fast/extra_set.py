@@ -1,7 +1,9 @@
 """Which training images make up the extra set D_ext, without any trusted image (Algorithm 1, lines 1 and 7).
 
 The paper draws D_ext^0 at random. Where the trigger is easy to learn, its poisoned tenth then teaches it again, and the
-ranking comes out inverted: poisoned images change least. Three things that a defender can see keep them out.
+ranking comes out inverted: poisoned images change least. What a defender can see keeps them out: labels that attract
+adversarial images, or that change far more than others when nothing is learned from them (both "attracting" here), high
+losses, labels that withstand no small change.
 """
 
 from __future__ import annotations
@@ -70,7 +72,6 @@ def next_extra_set(
     fraction: float,
     *,
     agrees: Tensor | None = None,
-    farthest: Tensor | None = None,
     steady: Tensor | None = None,
 ) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
@@ -87,7 +88,6 @@ def next_extra_set(
         attracting: (K,) bool.
         fraction: Of the images.
         agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
-        farthest: (N,), distances by which images of labels that attract are ranked; those of the ranking, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
             thousands teach a patch again, and the ranking alone does not keep them out.
 
@@ -100,9 +100,7 @@ def next_extra_set(
     chosen = [_first(ranked[~apart], fraction)]
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]
-        distance = (ranking.distance if farthest is None else farthest)[order]
-        nearest = distance.argsort(stable=True)
-        order, distance = order[nearest], distance[nearest]
+        distance = ranking.distance[order]
         steps = distance.clamp_min(_NEAREST).log()
         better = order[steps <= otsu_threshold(steps[distance.isfinite()])]
         if agrees is not None and agrees[better].any():

@@ -100,7 +100,7 @@ class FineTuner:
         self.restart(total_steps=total_steps, teacher=teacher)
 
     def restart(self, *, total_steps: int, teacher: nn.Module | None = None) -> None:
-        """A new schedule from rest, as a new round has it; what was recorded for a GPU stays in use.
+        """A new schedule from rest, as a new round has it; what was recorded for a GPU without a teacher stays in use.
 
         Args:
             total_steps: Updates that the schedule spans.

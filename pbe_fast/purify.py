@@ -38,8 +38,8 @@ def purify(
     """Erase the backdoor that ``model`` may carry.
 
     Without ``clean_data``, all rounds of Algorithm 1 on the training set. With it, steps 1 and 2 on the clean images;
-    where the training set is given as well, once more on those of its images that rank clean, which brings accuracy and
-    leaves less of the backdoor. The paper stops after the clean set (``refining_fractions=()``).
+    where the training set is given as well, further rounds are on those of its images that rank clean, which brings
+    accuracy and leaves less of the backdoor. The paper stops after the clean set (``refining_fractions=()``).
 
     Args:
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]; pixel normalisation

@@ -12,6 +12,8 @@ from pbe_fast.metrics import average_precision
 
 # Of CIFAR-10's labels, benign ones lie below twice the median, the target above seven times (docs/recipe.md).
 _FAR = 3.0
+# Of fewer labels there is no telling which one stands out.
+FEWEST_LABELS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +89,13 @@ def changed_labels(distances: Tensor) -> Tensor:
         distances: (K,) of `label_distances`.
 
     Returns:
-        (K,) bool: those above three times the median of the labels that have images.
+        (K,) bool: those above three times the median of the labels whose distance is not 0; none where these are fewer
+        than four.
     """
     present = distances[distances > 0]
-    return distances > _FAR * present.median() if len(present) else torch.zeros_like(distances, dtype=torch.bool)
+    if len(present) < FEWEST_LABELS:
+        return torch.zeros_like(distances, dtype=torch.bool)
+    return distances > _FAR * present.quantile(0.5)
 
 
 def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:

@@ -36,17 +36,20 @@ REPORT_NAME = "report.json"
 DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", TRACE_NAME, "trigger_*.png")
 
 
+_NO_RANKING = "no ranking; got a run without train_data; accepted: one with a training set"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PurifyResult:
     """A purified model and the evidence.
 
     Attributes:
         model: In eval mode, with the device and dtypes of the model that was given.
-        ranking: Of the training set (Eq. 9; of suspected labels by the largest distance of all rounds); None where none
-            was given.
+        ranking: Of the training set (Eq. 9; of a label that changed far more than others by the largest distance of all
+            rounds); None where none was given.
         history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
             the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
-            ranking), ``suspected_labels`` (whose images were chosen with more care), and where the truth is known
+            ranking), ``labels_apart`` (whose images were chosen with more care), and where the truth is known
             ``ap_of_poisoned``, ``ap_of_clean`` and ``extra_set_poison_rate``.
             Of another defence one entry per ``step``, with its ``seconds`` and what it found as ``finding``.
         config: The options of the run.
@@ -78,7 +81,7 @@ class PurifyResult:
             ValueError: There was no training set to rank.
         """
         if self.ranking is None:
-            raise ValueError("no ranking; got a run without train_data; accepted: one with a training set")
+            raise ValueError(_NO_RANKING)
         return self.ranking.suspected()
 
     def suspected_labels(self) -> list[int]:
@@ -89,8 +92,8 @@ class PurifyResult:
         Raises:
             ValueError: There was no training set to rank.
         """
-        self.suspected()
-        assert self.ranking is not None and self.train_data is not None
+        if self.ranking is None or self.train_data is None:
+            raise ValueError(_NO_RANKING)
         return suspected_labels(self.ranking, self.train_data)
 
     def report(self) -> dict[str, Any]:

@@ -24,7 +24,15 @@ from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
-from pbe_fast.ranking import Ranking, changed_labels, label_distances, poisoned_share, rank_distances, rank_images
+from pbe_fast.ranking import (
+    FEWEST_LABELS,
+    Ranking,
+    changed_labels,
+    label_distances,
+    poisoned_share,
+    rank_distances,
+    rank_images,
+)
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
 
@@ -74,7 +82,7 @@ class Run:
         self.round_seconds: dict[str, float] = {}
         self.profile: Profile | None = None
         self.on_round: OnRound | None = None
-        # One for all rounds, each of which restarts it: what it records for a GPU serves them all.
+        # One for all rounds, each of which restarts it: what it records for a GPU serves all without a teacher.
         self.tuner = FineTuner(
             self.model,
             finetune,
@@ -107,8 +115,9 @@ class Run:
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
             suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
-            # Nothing of the other labels is poisoned then: no need to keep to steady images.
-            fragile = None if suspects.any() else fragile
+            if int(suspects.sum()) == 1:
+                # Nothing of the other labels is poisoned then: no need to keep to steady images.
+                fragile = None
         # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out.
         chosen = self._first_extra_set(train, infected_logits, suspects, fragile)
@@ -139,22 +148,19 @@ class Run:
 
         The model of round 0 knows the target's poisoned images best: it has learned from trusted ones, or from none of
         the label. Later ones learn the label again, from its clean images, and no longer tell poisoned ones whose label
-        is right (SIG). So of a suspected label that did change far more than others an image has to rank clean after
-        every round, and the last ranking is by the largest of its distances.
+        is right (SIG). So of a suspected label that did change far more than others an image ranks by its largest
+        distance so far, and all models have to agree with its label.
         """
         targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
         of_targets = targets.to(train.device)[train.labels]
-        farthest = ranking.distance
         for t, fraction in enumerate(fractions, start=1):
-            chosen = next_extra_set(
-                ranking, train.labels, suspects, fraction, agrees=agrees, farthest=farthest, steady=steady
-            )
+            chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
             entry = self._purify_model(train, chosen, desc=f"round {t}")
-            ranking, agrees_now = self._rank(train, infected_logits)
-            self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
-            farthest = torch.where(of_targets, farthest.maximum(ranking.distance), ranking.distance)
+            now, agrees_now = self._rank(train, infected_logits)
+            ranking = rank_distances(torch.where(of_targets, ranking.distance.maximum(now.distance), now.distance))
             agrees = agrees_now & (agrees | ~of_targets)
-        return rank_distances(farthest) if targets.any() else ranking
+            self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
+        return ranking
 
     def _finish_round(self, t: int, entry: dict[str, Any], ranking: Ranking | None = None) -> None:
         self.history.append({"round": t, **entry})
@@ -190,21 +196,24 @@ class Run:
         """Labels whose images the purified model sees otherwise once it learns from none of them, (K,) bool.
 
         A trigger that no gradient leads to (SIG's wave) cannot be found in the model, but images of one label alone
-        teach it. So each half of the labels is left out in turn: of benign labels little is forgotten then.
+        teach it. So each half of the labels is left out in turn: of benign labels little is forgotten then. Each half
+        is judged by itself, and of few labels nothing is said.
         """
-        changes = torch.zeros(train.num_classes, dtype=torch.float64)
-        if not self.config.leave_out or train.num_classes < 4:
-            return changes.bool()
+        forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
+        present = train.labels.unique().cpu()
+        if not self.config.leave_out or len(present) < 2 * FEWEST_LABELS:
+            return forgotten
         for half in range(2):
-            left_out = torch.arange(train.num_classes) % 2 == half
+            left_out = torch.zeros_like(forgotten)
+            left_out[present[half::2]] = True
             self.model.load_state_dict(self.infected.state_dict())
             chosen = self._first_extra_set(train, infected_logits, left_out, fragile)
             desc = f"without half of the labels, {half + 1} of 2"
             self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
-            changes[left_out] = label_distances(ranking, train.labels, train.num_classes)[left_out]
+            forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
         self.model.load_state_dict(self.infected.state_dict())
-        return changed_labels(changes)
+        return forgotten
 
     def _first_extra_set(
         self, train: ImageSet, infected_logits: Tensor, left_out: Tensor, fragile: Tensor | None
@@ -224,7 +233,8 @@ class Run:
     ) -> dict[str, Any]:
         """Steps 1 and 2 on the extra set: the images of ``data`` that are ``chosen``, or all.
 
-        With a ``teacher`` only on trusted images: what it says of a poisoned one is the backdoor.
+        With a ``teacher`` only on images that are trusted, or hardly ever poisoned: what it says of a poisoned one is
+        the backdoor.
         """
         config = self.config
         size = len(data) if chosen is None else len(chosen)
@@ -308,7 +318,7 @@ class Run:
 
 def _found(ranking: Ranking, train: ImageSet, suspects: Tensor, chosen: Tensor | None = None) -> dict[str, Any]:
     """What a ranking tells; more where it is known which images are poisoned."""
-    found: dict[str, Any] = {"suspected_labels": suspects.nonzero()[:, 0].tolist()}
+    found: dict[str, Any] = {"labels_apart": suspects.nonzero()[:, 0].tolist()}
     if train.poison_mask is None or not 0 < int(train.poison_mask.sum()) < len(train):
         return found
     found["ap_of_poisoned"] = ranking.ap_of_poisoned(train.poison_mask)

@@ -28,30 +28,37 @@ QUICK = PurifyConfig(
 )
 
 
-def quarters(n: int = 160, seed: int = 0) -> ImageSet:
-    """Four classes: which quarter of a noisy image is bright."""
+def quarters(n: int = 160, seed: int = 0, classes: int = 4, names: str = "") -> ImageSet:
+    """Four classes: which quarter of a noisy image is bright. Or eight: and how bright. There may be more names."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 4
+    labels = torch.arange(n) % classes
     images = torch.randint(0, 60, (n, *SHAPE), dtype=torch.uint8, generator=generator)
     for i, label in enumerate(labels.tolist()):
-        row, column = 4 * (label // 2), 4 * (label % 2)
-        images[i, 0, row : row + 3, column : column + 3] += 120
-    return ImageSet(images, labels, tuple("abcd"), name="quarters")
+        row, column = 4 * (label % 4 // 2), 4 * (label % 2)
+        images[i, 0, row : row + 3, column : column + 3] += 120 if label < 4 else 190
+    return ImageSet(images, labels, tuple(names or "abcdefgh"[:classes]), name="quarters")
 
 
-def network() -> nn.Module:
+def network(classes: int = 4) -> nn.Module:
     """Not yet trained."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 4)
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(512, classes),
     )
 
 
-def infect() -> InfectedModel:
+def infect(classes: int = 4, names: str = "") -> InfectedModel:
     """BadNets, with a tenth of `quarters` poisoned."""
+    data = quarters(classes=classes, names=names)
     training = FineTuneConfig(lr=0.05, batch_size=32, augment="none", mix_clean=False, distill_weight=0.0)
     config = AttackConfig(attack="badnets", epochs=8, training=training)
-    return train_infected(network(), quarters(), config=config, device="cpu", precision="fp32", progress=False)
+    model = network(data.num_classes)
+    return train_infected(model, data, config=config, device="cpu", precision="fp32", progress=False)
 
 
 def run(model: nn.Module, train: Any = None, clean: Any = None, *, seed: int = 0, **options: Any) -> PurifyResult:

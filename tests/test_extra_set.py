@@ -128,17 +128,6 @@ def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_wi
     assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
 
 
-def test_of_an_attracting_label_what_was_farthest_in_an_earlier_round_stays_out() -> None:
-    labels = torch.arange(20) % 2
-    distance = torch.rand(20, generator=torch.Generator().manual_seed(0)) / 10
-    ranking = _ranking(distance)
-    # Of label 1 the last five were far away once; the ranking no longer knows.
-    farthest = distance + (torch.arange(20) >= 10) * (labels == 1) * torch.linspace(0.7, 0.9, 20)
-    chosen = next_extra_set(ranking, labels, torch.tensor([False, True]), 1.0, farthest=farthest)
-    assert sorted(chosen[labels[chosen] == 1].tolist()) == [1, 3, 5, 7, 9]
-    assert chosen[labels[chosen] == 0].tolist() == [i for i in ranking.order.tolist() if i % 2 == 0]
-
-
 def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
     labels = torch.arange(400) % 4
     fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))

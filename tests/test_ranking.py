@@ -140,7 +140,9 @@ def test_the_mean_distance_of_each_label() -> None:
         ([0.05, 0.02, 0.03, 0.02, 0.02], []),
         ([0.40, 0.02, 0.03, 0.35, 0.02], [0, 3]),
         # Labels without images say nothing of the others, and are not named.
-        ([0.40, 0.02, 0.0, 0.02, 0.0, 0.0, 0.0], [0]),
+        ([0.40, 0.02, 0.0, 0.02, 0.03, 0.0, 0.0], [0]),
+        # Of three there is no telling.
+        ([0.40, 0.02, 0.02], []),
         ([0.0, 0.0], []),
         ([], []),
     ],

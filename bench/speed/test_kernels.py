@@ -178,6 +178,11 @@ def pgd_in_buffers(spare: Tensor) -> Callable[..., None]:
 def check_pgd(arguments: tuple[Any, ...]) -> None:
     adv, grad, origin, model_input, mean, std = arguments
     expected = pgd_expression(*arguments)
+    buffers = [tensor.clone() for tensor in arguments]
+    if grad.dtype == torch.float32:
+        pgd_in_buffers(torch.empty_like(adv))(*buffers)
+        torch.testing.assert_close(buffers[0], expected[0], **tolerance(torch.float32))
+        torch.testing.assert_close(buffers[3], expected[1], **tolerance(torch.float32))
     pgd_ours(adv, grad, origin, model_input, mean, std)
     for ours, value in zip((adv, model_input), expected, strict=True):
         torch.testing.assert_close(ours, value, **tolerance(ours.dtype))

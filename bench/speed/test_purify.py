@@ -176,7 +176,7 @@ def test_purify(benchmark: BenchmarkFixture, kind: str, device: str) -> None:
 def work_in_forwards(kind: str) -> float:
     """Forward passes of one image in a run: an update is three, a step of PGD two, the teacher one.
 
-    Without the search for attracting labels, whose length depends on what it finds.
+    Without the searches for attracting labels and for labels to leave out, whose length depends on what they find.
     """
     config = CONFIGS[kind]
     tuning, batch = config.finetune, config.finetune.batch_size

@@ -128,6 +128,8 @@ def purify(
         unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
         if unused:
             console.note(f"note: {', '.join(unused)} changes nothing with --clean: the first extra set is there")
+    if method == "pbe" and clean is None and flags.get("refining_fractions") is not None:
+        console.note("note: --refining-fractions changes nothing without --clean: --fractions has the rounds then")
     open_output(out, force=force)
 
     if profile:
@@ -209,12 +211,12 @@ def purify(
 def _plan(sets: Mapping[str, ImageSet], config: object, method: str) -> str:
     train, clean = sets.get("train"), sets.get("clean")
     ranked = f", then ranking {len(train):,} training images" if train is not None else ""
-    further = len(config.refining_fractions) if isinstance(config, PurifyConfig) and train is not None else 0
     if not isinstance(config, PurifyConfig):
         return f"{method} with {len(sets['clean']):,} clean images of {sets['clean'].name}{ranked}"
     if clean is None:
         assert train is not None
         return f"no clean set: {len(config.fractions)} rounds over {len(train):,} training images of {train.name}"
-    if further:
-        ranked = f", {further} more on those of {len(train or ()):,} training images that rank clean"
+    if train is not None and config.refining_fractions:
+        further = f"{len(config.refining_fractions)} more on those of {len(train):,} training images that rank clean"
+        return f"one round on {len(clean):,} clean images of {clean.name}, {further}"
     return f"one round on {len(clean):,} clean images of {clean.name}{ranked}"
