@@ -143,31 +143,32 @@ def purify_plainly(
         if train is None:
             return PlainResult(purified.eval(), None)
         ranking, agrees = rank_plainly(infected, purified, train, where)
-        suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
     else:
         assert train is not None
         generator = torch.Generator().manual_seed(seed)
         suspects = torch.zeros(train.num_classes, dtype=torch.bool)
         if config.initial != "random":
             suspects = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
-        fragile = None
+        fragile, changed = None, torch.zeros_like(suspects)
         if config.initial == "steady" and not suspects.any():
             fragile = fragility_plainly(infected, train, logits_of(infected, train, where), where)
             steady = fragile < 1 - config.fragile_share
             if config.leave_out and len(train.labels.unique()) >= 2 * FEWEST_LABELS:
-                suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
+                changed = suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
             if int(suspects.sum()) == 1:
                 fragile = steady = None
         first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
-    targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
-    of_targets = targets[train.labels]
+    of_changed = changed[train.labels]
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
-        chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
+        chosen = next_extra_set(
+            ranking, train.labels, suspects, fraction, agrees=agrees, changed=changed, steady=steady
+        )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
         now, agrees_now = rank_plainly(infected, purified, train, where)
-        ranking = rank_distances(torch.where(of_targets, ranking.distance.maximum(now.distance), now.distance))
-        agrees = agrees_now & (agrees | ~of_targets)
+        ranking = rank_distances(torch.where(of_changed, ranking.distance.maximum(now.distance), now.distance))
+        agrees = agrees_now & (agrees | ~of_changed)
     return PlainResult(purified.eval(), ranking)
 
 

@@ -72,15 +72,16 @@ def next_extra_set(
     fraction: float,
     *,
     agrees: Tensor | None = None,
+    changed: Tensor | None = None,
     steady: Tensor | None = None,
 ) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
 
     Labels left out of D_ext^0 have been forgotten a little, so that all their images rank low, poisoned or not; within
     such a label the poisoned ones still rank lowest. So it gives the top ``fraction`` of its better part, as far as
-    the purified model agrees with the label: of a poisoned image it should not. The part is split by Otsu's threshold,
-    of the distances' logarithms: clean images lie close together, and where most are poisoned (SIG) a threshold between
-    the means is far too high.
+    the purified model agrees with the label: of a poisoned image it should not. The part is split by Otsu's threshold;
+    of a label that changed far more than others by that of the distances' logarithms: where most images are poisoned
+    (SIG) the threshold between the means lies among them.
 
     Args:
         ranking: Of the training set.
@@ -88,6 +89,7 @@ def next_extra_set(
         attracting: (K,) bool.
         fraction: Of the images.
         agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
+        changed: (K,) bool, of the attracting labels those that changed far more than others; none, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
             thousands teach a patch again, and the ranking alone does not keep them out.
 
@@ -101,8 +103,8 @@ def next_extra_set(
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]
         distance = ranking.distance[order]
-        steps = distance.clamp_min(_NEAREST).log()
-        better = order[steps <= otsu_threshold(steps[distance.isfinite()])]
+        values = distance.clamp_min(_NEAREST).log() if changed is not None and changed[k] else distance
+        better = order[values <= otsu_threshold(values[distance.isfinite()])]
         if agrees is not None and agrees[better].any():
             better = better[agrees[better]]
         chosen.append(_first(better, fraction))

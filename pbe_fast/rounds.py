@@ -101,10 +101,12 @@ class Run:
         infected_logits = self._infected_logits(train)
         ranking, agrees = self._rank(train, infected_logits)
         # No poisoned image has taught this model anything: what it changed most is the attacker's.
-        suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
-        self._finish_round(0, entry | _found(ranking, train, suspects), ranking)
+        changed = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        self._finish_round(0, entry | _found(ranking, train, changed), ranking)
         fractions = self.config.refining_fractions
-        ranking = self._later_rounds(train, infected_logits, ranking, agrees, fractions, suspects=suspects)
+        ranking = self._later_rounds(
+            train, infected_logits, ranking, agrees, fractions, suspects=changed, changed=changed
+        )
         return self._result(ranking, train)
 
     def without_clean_set(self, train: ImageSet) -> PurifyResult:
@@ -112,9 +114,10 @@ class Run:
         infected_logits = self._infected_logits(train)
         # Initialisation: D_ext^0
         suspects = self._attracting_labels(train)
+        changed = torch.zeros_like(suspects)
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
-            suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
+            changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
             if int(suspects.sum()) == 1:
                 # Nothing of the other labels is poisoned then: no need to keep to steady images.
                 fragile = None
@@ -129,7 +132,7 @@ class Run:
         steady = None if fragile is None else fragile < 1 - self.config.fragile_share
         fractions = self.config.fractions[1:]
         ranking = self._later_rounds(
-            train, infected_logits, ranking, agrees, fractions, suspects=suspects, steady=steady
+            train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed, steady=steady
         )
         return self._result(ranking, train)
 
@@ -142,23 +145,25 @@ class Run:
         fractions: Sequence[float],
         *,
         suspects: Tensor,
+        changed: Tensor,
         steady: Tensor | None = None,
     ) -> Ranking:
         """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking.
 
         The model of round 0 knows the target's poisoned images best: it has learned from trusted ones, or from none of
         the label. Later ones learn the label again, from its clean images, and no longer tell poisoned ones whose label
-        is right (SIG). So of a suspected label that did change far more than others an image ranks by its largest
-        distance so far, and all models have to agree with its label.
+        is right (SIG). So of a suspected label that was found by how far its images ``changed`` an image ranks by its
+        largest distance so far, and all models have to agree with its label.
         """
-        targets = suspects & changed_labels(label_distances(ranking, train.labels, train.num_classes))
-        of_targets = targets.to(train.device)[train.labels]
+        of_changed = changed.to(train.device)[train.labels]
         for t, fraction in enumerate(fractions, start=1):
-            chosen = next_extra_set(ranking, train.labels, suspects, fraction, agrees=agrees, steady=steady)
+            chosen = next_extra_set(
+                ranking, train.labels, suspects, fraction, agrees=agrees, changed=changed, steady=steady
+            )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
             now, agrees_now = self._rank(train, infected_logits)
-            ranking = rank_distances(torch.where(of_targets, ranking.distance.maximum(now.distance), now.distance))
-            agrees = agrees_now & (agrees | ~of_targets)
+            ranking = rank_distances(torch.where(of_changed, ranking.distance.maximum(now.distance), now.distance))
+            agrees = agrees_now & (agrees | ~of_changed)
             self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
         return ranking
 

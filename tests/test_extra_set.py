@@ -128,6 +128,21 @@ def test_an_attracting_label_gives_only_images_that_the_purified_model_agrees_wi
     assert len(next_extra_set(ranking, labels, attracting, 1.0, agrees=none_agree)) > 0
 
 
+def test_of_a_label_that_changed_only_the_closest_are_taken_where_most_are_poisoned() -> None:
+    # Of label 0 four fifths are poisoned, of all distances from 0.1 on.
+    clean, poisoned = torch.linspace(0.01, 0.05, 20), torch.linspace(0.12, 0.6, 80)
+    distance = torch.cat([clean, poisoned])
+    labels = torch.zeros(100, dtype=torch.int64)
+    first = torch.tensor([True, False])
+    assert next_extra_set(_ranking(distance), labels, first, 1.0).max() > 40
+    chosen = next_extra_set(_ranking(distance), labels, first, 1.0, changed=first)
+    assert chosen.tolist() == list(range(20))
+    assert torch.equal(
+        next_extra_set(_ranking(distance), labels, first, 1.0, changed=~first),
+        next_extra_set(_ranking(distance), labels, first, 1.0),
+    )
+
+
 def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
     labels = torch.arange(400) % 4
     fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
