@@ -260,6 +260,9 @@ def test_options_that_change_nothing_are_told(infected: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert "note: --fractions, --hard-quantile changes nothing with --clean" in result.stderr
     assert "changes nothing" not in run(*args, "--force").stderr
+    without = ("purify", "--model", infected, *few, "--fractions", 0.5, "--no-leave-out", "--out", tmp_path / "none")
+    assert "note: --refining-fractions changes nothing without" in run(*without, "--refining-fractions", 0.5).stderr
+    assert "changes nothing" not in run(*without, "--force").stderr
 
 
 def test_spare_logits_are_told_once(infected: Path, tmp_path: Path) -> None:
