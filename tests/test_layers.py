@@ -22,6 +22,7 @@ LAYERS = (
     ("attacker",),
     ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
+    ("rounds",),
     ("purify", "attack", "defenses"),
     ("export", "report", "distributed"),
     ("runs", "scan_result"),
