@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from plain import loader_of, logits_of, sgd, training_loader
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 from pbe_fast.attraction import LARGEST_WINDOW, attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
@@ -28,90 +29,10 @@ from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
 from pbe_fast.ranking import FEWEST_LABELS, Ranking, changed_labels, label_distances, rank_distances, rank_images
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
-from pbe_fast.torchvision_compat import import_torchvision
 from pbe_fast.waves import add_waves
 
-transforms = import_torchvision().transforms
-
-WORKERS = 2
 # As pbe_fast.attraction has them.
 SAMPLE, HALVINGS, MOVED = 1000, 6, 0.25
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as PIL pictures that go through a transform one by one."""
-
-    def __init__(self, data: ImageSet, transform: Callable[[Any], Tensor]) -> None:
-        self._pixels = data.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
-        self._labels = data.labels.tolist()
-        self._transform = transform
-        self._to_picture = transforms.ToPILImage()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(self._to_picture(self._pixels[index])), self._labels[index]
-
-
-def training_transform(side: int, augment: str) -> Callable[[Any], Tensor]:
-    """The augmentation of `pbe_fast.data.augment`, with torchvision's classes."""
-    steps: list[Any] = []
-    if augment != "none":
-        steps.append(transforms.RandomCrop(side, padding=max(1, side // 16)))
-    if augment == "crop+flip":
-        steps.append(transforms.RandomHorizontalFlip())
-    chain: Callable[[Any], Tensor] = transforms.Compose([*steps, transforms.ToTensor()])
-    return chain
-
-
-def training_loader(
-    data: ImageSet, config: FineTuneConfig, *, chosen: Tensor | None = None, **options: Any
-) -> DataLoader[Any]:
-    """Shuffled, augmented batches of ``data``, or of its images that are ``chosen``."""
-    pictures: Dataset[Any] = Pictures(data, training_transform(data.image_shape[1], config.augment))
-    if chosen is not None:
-        pictures = Subset(pictures, chosen.tolist())
-    size = min(config.batch_size, len(pictures))  # type: ignore[arg-type]
-    # A last batch of few images would upset batch normalisation.
-    return DataLoader(pictures, batch_size=size, shuffle=True, drop_last=True, num_workers=WORKERS, **options)
-
-
-def sgd(model: nn.Module, config: FineTuneConfig, **options: Any) -> torch.optim.SGD:
-    """The optimizer of steps 1b and 2."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        **options,
-    )
-
-
-def train_epoch(
-    model: nn.Module, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, device: torch.device
-) -> float:
-    """One epoch as training scripts have it; the mean loss."""
-    model.train()
-    total, seen = 0.0, 0
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        total += loss.item() * len(images)
-        seen += len(images)
-    return total / seen
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, data: ImageSet, device: torch.device, *, batch_size: int = 256) -> Tensor:
-    """(N, K) logits of the images as they are, on the CPU."""
-    model.eval()
-    loader = DataLoader(Pictures(data, transforms.ToTensor()), batch_size=batch_size, num_workers=WORKERS)
-    return torch.cat([model(images.to(device)).cpu() for images, _ in loader])
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +72,17 @@ def purify_plainly(
         if config.initial != "random":
             suspects = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
         fragile, changed = None, torch.zeros_like(suspects)
+        logits = logits_of(infected, train, where)
         if config.initial == "steady" and not suspects.any():
-            fragile = fragility_plainly(infected, train, logits_of(infected, train, where), where)
+            fragile = fragility_plainly(infected, train, logits, where)
             steady = fragile < 1 - config.fragile_share
             if config.leave_out and len(train.labels.unique()) >= 2 * FEWEST_LABELS:
-                changed = suspects = forgotten_labels_plainly(infected, train, config, generator, fragile, where)
+                changed = suspects = forgotten_labels_plainly(
+                    infected, train, logits, config, generator, fragile, where
+                )
             if int(suspects.sum()) == 1:
                 fragile = steady = None
-        first_round_plainly(purified, infected, train, suspects, config, generator, fragile, where)
+        first_round_plainly(purified, infected, train, logits, suspects, config, generator, fragile, where)
         ranking, agrees = rank_plainly(infected, purified, train, where)
     of_changed = changed[train.labels]
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
@@ -184,6 +108,7 @@ def first_round_plainly(
     purified: nn.Module,
     infected: nn.Module,
     train: ImageSet,
+    logits: Tensor,
     left_out: Tensor,
     config: PurifyConfig,
     generator: torch.Generator,
@@ -191,7 +116,6 @@ def first_round_plainly(
     device: torch.device,
 ) -> None:
     """The round on D_ext^0, without images of some labels; of these the infected model teaches what it knows."""
-    logits = logits_of(infected, train, device)
     chosen = initial_extra_set(logits, train.labels, left_out, config, generator, fragility=fragile)
     fine_tune(purified, train, chosen, config, teacher=infected if left_out.any() else None, device=device)
 
@@ -199,6 +123,7 @@ def first_round_plainly(
 def forgotten_labels_plainly(
     infected: nn.Module,
     train: ImageSet,
+    logits: Tensor,
     config: PurifyConfig,
     generator: torch.Generator,
     fragile: Tensor,
@@ -210,7 +135,7 @@ def forgotten_labels_plainly(
         left_out = torch.zeros_like(forgotten)
         left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
-        first_round_plainly(purified, infected, train, left_out, config, generator, fragile, device)
+        first_round_plainly(purified, infected, train, logits, left_out, config, generator, fragile, device)
         ranking, _ = rank_plainly(infected, purified, train, device)
         forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
     return forgotten
@@ -348,8 +273,7 @@ def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: to
     """(K, K) counts: the label of an image, and the one that it is led to."""
     attack = plain_attack(model, pgd)
     counts = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
-    loader = DataLoader(Pictures(data, transforms.ToTensor()), batch_size=250, num_workers=WORKERS)
-    for images, labels in loader:
+    for images, labels in loader_of(data, batch_size=250):
         adversarial = attack(images.to(device), labels.to(device))
         with torch.no_grad():
             reached = model((adversarial * 255).round() / 255).argmax(1).cpu()

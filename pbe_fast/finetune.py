@@ -109,7 +109,7 @@ class FineTuner:
         self._total_steps = total_steps
         self._step = 0
         self._teacher = teacher if self._config.distill_weight > 0 else None
-        # Steps with a teacher are of one round; only those without are of use to others.
+        # A teacher is of one round: its steps would only take memory in the others.
         self._recorded = {key: step for key, step in self._recorded.items() if key[2] is None}
         for parameter in self._model.parameters():
             if parameter.requires_grad and self._config.momentum > 0:

@@ -72,14 +72,20 @@ def otsu_threshold(values: Tensor) -> float:
 
 
 def label_distances(ranking: Ranking, labels: Tensor, num_classes: int) -> Tensor:
-    """(K,) float64 on the CPU: the mean distance of each label's images, those with finite logits; 0 without any."""
-    distance = ranking.distance.double()
-    finite = distance.isfinite()
-    sums = torch.zeros(num_classes, dtype=torch.float64, device=distance.device)
-    counts = torch.zeros_like(sums)
-    sums.index_add_(0, labels[finite], distance[finite])
-    counts.index_add_(0, labels[finite], torch.ones_like(distance[finite]))
-    return (sums / counts.clamp_min(1)).cpu()
+    """The mean distance of each label's images.
+
+    Args:
+        ranking: Of N images.
+        labels: (N,) int64, on the device of the ranking.
+        num_classes: K.
+
+    Returns:
+        (K,) float64 on the CPU; images whose distance is not finite do not count, and a label without others has 0.
+    """
+    finite = ranking.distance.isfinite()
+    labels, distance = labels[finite], ranking.distance[finite].double()
+    sums = torch.bincount(labels, weights=distance, minlength=num_classes)
+    return (sums / torch.bincount(labels, minlength=num_classes).clamp_min(1)).cpu()
 
 
 def changed_labels(distances: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:
 
 
 def rank_distances(distance: Tensor) -> Ranking:
-    """Ranks images by their (N,) distances."""
+    """Ranks images by their distances, (N,) float32: the nearest first, ties by index, those not finite last."""
     ranked = rank(distance)
     return Ranking(distance=distance, order=ranked.indices, num_nonfinite=ranked.num_nonfinite)
 

@@ -32,11 +32,9 @@ from pbe_fast.ranking import Ranking, changed_labels, label_distances
 RANKING_NAME = "ranking.csv"
 TRACE_NAME = "trace.json"
 REPORT_NAME = "report.json"
+_NO_RANKING = "no ranking; got a run without train_data; accepted: one with a training set"
 # Made from a model that a new run replaces: kept beside the new one they would pass for its own.
 DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", TRACE_NAME, "trigger_*.png")
-
-
-_NO_RANKING = "no ranking; got a run without train_data; accepted: one with a training set"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,8 @@ from pbe_fast.attack import InfectedModel, train_infected
 from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.finetune import FineTuner
 from pbe_fast.purify import purify
 from pbe_fast.result import PurifyResult
 
@@ -72,3 +77,54 @@ def run(model: nn.Module, train: Any = None, clean: Any = None, *, seed: int = 0
 def logits(model: nn.Module) -> Tensor:
     """Of other images."""
     return predict_logits(model, quarters(seed=9).images)
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the parts of a run were asked."""
+
+    left_out: list[list[int]] = dataclasses.field(default_factory=list)
+    fragile: list[bool] = dataclasses.field(default_factory=list)
+    steady: list[bool] = dataclasses.field(default_factory=list)
+    taught: list[bool] = dataclasses.field(default_factory=list)
+    unchanged_at_start: list[bool] = dataclasses.field(default_factory=list)
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    infected: InfectedModel,
+    *,
+    attracting: list[int],
+    changed: Callable[[Tensor], Tensor] | None = None,
+) -> Seen:
+    """What a run does in which the attack leads to given labels."""
+    seen = Seen()
+    rounds, restart = sys.modules["pbe_fast.rounds"], FineTuner.restart
+
+    def first(*arguments: Any, **keywords: Any) -> Tensor:
+        seen.left_out.append(arguments[2].nonzero()[:, 0].tolist())
+        seen.fragile.append(keywords["fragility"] is not None)
+        return initial_extra_set(*arguments, **keywords)
+
+    def following(*arguments: Any, **keywords: Any) -> Tensor:
+        seen.steady.append(keywords["steady"] is not None)
+        return next_extra_set(*arguments, **keywords)
+
+    def restarted(self: FineTuner, **keywords: Any) -> None:
+        if keywords["total_steps"] > 1:  # a round, not the making of the tuner
+            seen.taught.append(keywords["teacher"] is not None)
+            state = infected.model.state_dict()
+            same = all(torch.equal(value, state[name]) for name, value in self._model.state_dict().items())
+            seen.unchanged_at_start.append(same)
+        restart(self, **keywords)
+
+    classes = infected.train_data.num_classes
+    monkeypatch.setattr(
+        rounds, "attracting_labels", lambda counts: torch.tensor([k in attracting for k in range(classes)])
+    )
+    monkeypatch.setattr(rounds, "initial_extra_set", first)
+    monkeypatch.setattr(rounds, "next_extra_set", following)
+    monkeypatch.setattr(FineTuner, "restart", restarted)
+    if changed is not None:
+        monkeypatch.setattr(rounds, "changed_labels", changed)
+    return seen

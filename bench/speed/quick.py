@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from baseline import logits_of
 from cases import best_dtype, network, pixels, sized
 from peers import STEPS, plain_loop
+from plain import logits_of
 from racing import Race, race
 from test_finetune import learnable
 from test_finetune import ours as ours_in_finetuning

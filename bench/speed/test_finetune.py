@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from baseline import WORKERS, sgd, train_epoch, training_loader
 from cases import SEED, best_dtype, compiled, flops, network, pixels, run_field, sized
+from plain import WORKERS, sgd, train_epoch, training_loader
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn import functional as F

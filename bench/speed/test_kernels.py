@@ -162,7 +162,7 @@ def pgd_in_buffers(spare: Tensor) -> Callable[..., None]:
     """The same step by operations that write into buffers, so that nothing is allocated: `spare` holds the sum.
 
     What `pgd_expression` takes depends on where glibc lays its five results: 4.2 to 8.6 times ours on one machine and
-    one day, from process to process. This one takes the same everywhere, within 5 %.
+    one day, from process to process. This one takes the same in all of them, within 7 %.
     """
 
     def step(adv: Tensor, grad: Tensor, origin: Tensor, model_input: Tensor, mean: Tensor, std: Tensor) -> None:

@@ -12,9 +12,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from baseline import logits_of
 from cases import DEVICES, best_dtype, flops, network, pixels, run_field, sized
 from peers import Strengthened
+from plain import logits_of
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn import functional as F

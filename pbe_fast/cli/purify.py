@@ -127,7 +127,7 @@ def purify(
     if method == "pbe" and clean is not None:
         unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
         if unused:
-            console.note(f"note: {', '.join(unused)} changes nothing with --clean: the first extra set is there")
+            console.note(f"note: {', '.join(unused)} changes nothing with --clean: it is the first extra set")
     if method == "pbe" and clean is None and flags.get("refining_fractions") is not None:
         console.note("note: --refining-fractions changes nothing without --clean: --fractions has the rounds then")
     open_output(out, force=force)
