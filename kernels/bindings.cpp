@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include "affine_relu/native.h"
+#include "batch_norm/native.h"
 #include "conv3x3/native.h"
 #include "cosine_rank/native.h"
 #include "levels.h"
@@ -28,14 +29,39 @@ void bind_affine_relu(nb::module_ module) {
   module.def("run", [](Address x, Address scale, Address shift, Address out, std::int64_t pixels, std::int64_t channels,
                        int threads) {
     const nb::gil_scoped_release nogil;
-    op::run(at<Halves>(x), at<const float>(scale), at<const float>(shift), at<std::uint16_t>(out), pixels, channels,
-            threads);
+    op::run({pbe::DType::bf16, pixels, channels, true}, at<const void>(x), at<const float>(scale),
+            at<const float>(shift), at<void>(out), threads);
   });
   module.def("backward", [](Address grad, Address y, Address scale, Address out, std::int64_t pixels,
                             std::int64_t channels, int threads) {
     const nb::gil_scoped_release nogil;
     op::backward(at<Halves>(grad), at<Halves>(y), at<const float>(scale), at<std::uint16_t>(out), pixels, channels,
                  threads);
+  });
+}
+
+pbe::batch_norm::Job batch_norm_job(Address x, Address weight, Address bias, int type, std::int64_t pixels,
+                                    std::int64_t channels, double eps, bool relu) {
+  return {static_cast<pbe::DType>(type), pixels, channels, at<const void>(x), at<const float>(weight),
+          at<const float>(bias),         eps,    relu};
+}
+
+void bind_batch_norm(nb::module_ module) {
+  namespace op = pbe::batch_norm;
+  module.def("is_supported", [] { return op::is_supported(); });
+  module.def("run", [](Address x, Address weight, Address bias, int type, std::int64_t pixels, std::int64_t channels,
+                       double eps, bool relu, Address y, Address mean, Address variance, int threads) {
+    const op::Job job = batch_norm_job(x, weight, bias, type, pixels, channels, eps, relu);
+    const nb::gil_scoped_release nogil;
+    op::forward(job, at<void>(y), at<float>(mean), at<float>(variance), threads);
+  });
+  module.def("backward", [](Address x, Address weight, Address bias, int type, std::int64_t pixels,
+                            std::int64_t channels, double eps, bool relu, Address grad, Address mean, Address variance,
+                            Address grad_x, Address grad_weight, Address grad_bias, int threads) {
+    const op::Job job = batch_norm_job(x, weight, bias, type, pixels, channels, eps, relu);
+    const nb::gil_scoped_release nogil;
+    op::backward(job, at<const void>(grad), at<const float>(mean), at<const float>(variance), at<void>(grad_x),
+                 at<float>(grad_weight), at<float>(grad_bias), threads);
   });
 }
 
@@ -158,6 +184,7 @@ NB_MODULE(_native, m) {
   m.doc() = "The C++ versions of the operations in pbe_fast.kernels.";
   m.def("limit_level", [](int most) { return static_cast<int>(pbe::limit_level(static_cast<pbe::Level>(most))); });
   bind_affine_relu(m.def_submodule("affine_relu"));
+  bind_batch_norm(m.def_submodule("batch_norm"));
   bind_conv3x3(m.def_submodule("conv3x3"));
   bind_cosine_rank(m.def_submodule("cosine_rank"));
   bind_pgd_step(m.def_submodule("pgd_step"));

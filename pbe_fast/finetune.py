@@ -22,6 +22,7 @@ from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
+from pbe_fast.engine.training import training_form
 from pbe_fast.errors import InputError, PBEError
 from pbe_fast.waves import Waves
 
@@ -96,6 +97,8 @@ class FineTuner:
         self._attackers: dict[tuple[PGDConfig, tuple[int, int, int]], PGD] = {}
         self._recorded: dict[tuple[int, bool, nn.Module | None], _Step] = {}
         self._recorded_for: tuple[ImageSet, bool] | None = None
+        # The model as a step computes it, once the images' shape is known.
+        self._form: nn.Module | None = None
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self.restart(total_steps=total_steps, teacher=teacher)
 
@@ -152,6 +155,8 @@ class FineTuner:
         streamed = streamed or data.device != self._device
         if self._teacher is not None and not isinstance(self._teacher, FrozenCopy):
             self._teacher = FrozenCopy(self._teacher, dtype=self._dtype, image_shape=data.image_shape)
+        if self._form is None:
+            self._form = training_form(self._model, data.image_shape)
         batches = draw_batches(
             data,
             steps=steps,
@@ -279,9 +284,10 @@ class FineTuner:
         return loss + self._distillation(on_clean, images)
 
     def _logits(self, images: Tensor) -> Tensor:
+        assert self._form is not None
         self._model.train()
         with autocast(images.device, self._dtype):
-            logits: Tensor = self._model(images)
+            logits: Tensor = self._form(images)
         return logits.float()
 
     def _distillation(self, logits: Tensor, images: Tensor) -> Tensor | float:

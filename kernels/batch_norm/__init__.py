@@ -1,0 +1,230 @@
+"""Batch normalisation in training, and the ReLU after it: ``torch.ops.pbe_fast.batch_norm``, with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pbe_fast.kernels import backends
+from pbe_fast.kernels.batch_norm import reference
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+_OPTIONS = "Tensor? weight, Tensor? bias"
+backends.LIB.define(f"batch_norm(Tensor x, {_OPTIONS}, float eps, bool relu) -> (Tensor, Tensor, Tensor)")
+backends.LIB.define(
+    f"batch_norm_backward(Tensor grad, Tensor x, {_OPTIONS}, Tensor mean, Tensor variance, float eps, bool relu) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+class Version(NamedTuple):
+    """One version of the two operations, for checked tensors."""
+
+    forward: Callable[..., Three]
+    backward: Callable[..., Three]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Three:
+    """``weight (x - mean) / sqrt(variance + eps) + bias`` per channel, with the statistics of the batch, then ReLU.
+
+    Args:
+        x: float32 or bfloat16 (B, C, H, W), at least two values per channel; channels_last is read as it is.
+        weight: float32 (C,), or None for ones.
+        bias: float32 (C,), or None for zeros.
+        eps: Added to the variance.
+        relu: Whether negative results become zero.
+        backend: "reference" or "native" by name; None lets the dispatcher choose by device.
+
+    Returns:
+        The result, in the dtype of ``x``, channels_last, rounded once; mean and biased variance (C,), float32.
+        Gradients flow from the result to ``x``, ``weight`` and ``bias``; none from the statistics.
+
+    Raises:
+        ValueError: Shapes or devices that do not fit together, or a backend for another device.
+        TypeError: A dtype that is not accepted.
+        RuntimeError: ``backend`` is not available here.
+    """
+    if backend is None:
+        out: Three = torch.ops.pbe_fast.batch_norm.default(x, weight, bias, eps, relu)
+        return out
+    backends.require("batch_norm", backend)
+    if backend == "native" and x.device.type != "cpu":
+        raise ValueError(f"device; got {x.device}; accepted by backend 'native': cpu")
+    return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, weight, bias, eps, relu)
+
+
+def is_fast() -> bool:
+    """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
+    return backends.missing("batch_norm", "native") is None
+
+
+def _check(x: Tensor, **channels: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: (B, C, H, W)")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"x; got {x.dtype}; accepted: float32, bfloat16")
+    if x.numel() < 2 * x.shape[1]:
+        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: two values per channel or more")
+    for name, values in channels.items():
+        if values is None:
+            continue
+        if values.dtype != torch.float32 or values.shape != x.shape[1:2] or values.device != x.device:
+            got = f"{values.dtype} {tuple(values.shape)} on {values.device}"
+            raise ValueError(f"{name}; got {got}; accepted: float32 ({x.shape[1]},) on {x.device}")
+
+
+def _native_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
+    y, mean, variance = _like(x), _channels(x), _channels(x)
+    rows, weight, bias = backends.channels_last(x), _dense(weight), _dense(bias)
+    backends.native_op("batch_norm").run(
+        *_job(rows, weight, bias, eps, relu),
+        y.data_ptr(),
+        mean.data_ptr(),
+        variance.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, mean, variance
+
+
+def _native_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    relu: bool,
+) -> Three:
+    grad_x, grad_weight, grad_bias = _like(x), _channels(x), _channels(x)
+    rows, weight, bias = backends.channels_last(x), _dense(weight), _dense(bias)
+    grads, mean, variance = backends.channels_last(grad), mean.contiguous(), variance.contiguous()
+    backends.native_op("batch_norm").backward(
+        *_job(rows, weight, bias, eps, relu),
+        grads.data_ptr(),
+        mean.data_ptr(),
+        variance.data_ptr(),
+        grad_x.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _job(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Any, ...]:
+    batch, channels, height, width = rows.shape
+    addresses = [0 if values is None else values.data_ptr() for values in (weight, bias)]
+    code = backends.DTYPE_CODE[rows.dtype]
+    return rows.data_ptr(), *addresses, code, batch * height * width, channels, eps, relu
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _channels(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _nothing(x: Tensor, *_: Any) -> Three:
+    return _like(x), _channels(x), _channels(x)
+
+
+def _channels_last(run: Callable[..., Three]) -> Callable[..., Three]:
+    def call(*arguments: Any) -> Three:
+        images, first, second = run(*arguments)
+        return images.contiguous(memory_format=torch.channels_last), first, second
+
+    return call
+
+
+def _forward(version: Version) -> Callable[..., Three]:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
+        _check(x, weight=weight, bias=bias)
+        return version.forward(x, weight, bias, eps, relu)
+
+    return call
+
+
+def _backward(version: Version) -> Callable[..., Three]:
+    def call(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        relu: bool,
+    ) -> Three:
+        _check(x, weight=weight, bias=bias, mean=mean, variance=variance)
+        if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
+            got = f"{grad.dtype} {tuple(grad.shape)} on {grad.device}"
+            raise ValueError(f"grad; got {got}; accepted: as x, {x.dtype} {tuple(x.shape)} on {x.device}")
+        return version.backward(grad, x, weight, bias, mean, variance, eps, relu)
+
+    return call
+
+
+_REFERENCE = Version(_channels_last(reference.batch_norm), _channels_last(reference.batch_norm_backward))
+_NATIVE = Version(_native_forward, _native_backward)
+_NOTHING = Version(_nothing, lambda grad, x, *_: _nothing(x))
+_cpu = _NATIVE if is_fast() else _REFERENCE
+
+for _name, _form in (("batch_norm", _forward), ("batch_norm_backward", _backward)):
+    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
+    backends.LIB.impl(_name, _form(_cpu), "CPU")
+    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+
+
+_op = torch.ops.pbe_fast.batch_norm.default
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients of `batch_norm`; see those of conv3x3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, variance = _op(x, weight, bias, eps, relu)
+        ctx.save_for_backward(x, weight, bias, mean, variance)
+        ctx.eps, ctx.relu = eps, relu
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, variance = ctx.saved_tensors
+        backward = torch.ops.pbe_fast.batch_norm_backward.default
+        grads = backward(grad, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+
+def _with_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+        out: Three = _Gradient.apply(x, weight, bias, eps, relu)  # type: ignore[no-untyped-call]
+        return out
+    with torch._C._AutoDispatchBelowAutograd():
+        out = _op(x, weight, bias, eps, relu)
+    return out
+
+
+backends.LIB.impl("batch_norm", _with_gradient, "Autograd")
