@@ -15,21 +15,24 @@ namespace {
 
 using namespace pbe::avx512;
 
-// Pixels that are summed in float32 before they go into a sum in float64. Of one register's channels they stay in the
-// first cache, so that a second look at them is free.
-constexpr std::int64_t kBlock = 256;
+// Elements of a block of pixels, whose sums are in float32 before they go into one in float64. They stay in the first
+// cache, so that a second look at them is free; at a power of two of channels fewer would fit than its size says.
+constexpr std::int64_t kBlock = 8192;
+constexpr std::int64_t kFewestPixels = 32;
 // Elements per thread at least.
 constexpr std::int64_t kGrain = 1 << 15;
 
-std::int64_t blocks_of(const Job& job) { return (job.pixels + kBlock - 1) / kBlock; }
+std::int64_t block_pixels(const Job& job) { return std::max(kFewestPixels, kBlock / job.channels); }
+
+std::int64_t blocks_of(const Job& job) { return (job.pixels + block_pixels(job) - 1) / block_pixels(job); }
 
 // Some channels of a block of pixels.
 struct Block {
   template <DType Type>
   static Block of(const void* data, std::int64_t index, std::int64_t channel, const Job& job) {
-    const std::int64_t first = index * kBlock;
+    const std::int64_t most = block_pixels(job), first = index * most;
     return {static_cast<const char*>(advance(data, first * job.channels + channel, Type)),
-            std::min(kBlock, job.pixels - first), job.channels * size_of(Type)};
+            std::min(most, job.pixels - first), job.channels * size_of(Type)};
   }
 
   const void* at(std::int64_t pixel) const { return data + pixel * stride; }
@@ -131,7 +134,7 @@ PBE_AVX512 void block_gradient(const Job& job, const Gradient& gradient, std::in
     const __m512 slopes = _mm512_mul_ps(channels.scale, load<DType::f32>(slope + channel, lanes));
     const Block x = Block::of<Type>(job.x, index, channel, job);
     const Block grad = Block::of<Type>(gradient.of_y, index, channel, job);
-    char* to = static_cast<char*>(advance(out, index * kBlock * job.channels + channel, Type));
+    char* to = static_cast<char*>(advance(out, index * block_pixels(job) * job.channels + channel, Type));
     for (std::int64_t pixel = 0; pixel < x.pixels; ++pixel, to += x.stride) {
       const __m512 value = load<Type>(x.at(pixel), lanes);
       const __m512 g = let_through<Relu>(load<Type>(grad.at(pixel), lanes), value, channels);
@@ -144,7 +147,8 @@ PBE_AVX512 void block_gradient(const Job& job, const Gradient& gradient, std::in
 // One value per block and channel.
 class Partial {
  public:
-  explicit Partial(const Job& job) : channels_(job.channels), values_(blocks_of(job) * job.channels) {}
+  explicit Partial(const Job& job)
+      : channels_(job.channels), values_(static_cast<std::size_t>(blocks_of(job) * job.channels)) {}
 
   float* of(std::int64_t block) { return values_.data() + block * channels_; }
 
@@ -170,7 +174,7 @@ class Partial {
 
 template <class Body>
 void over_blocks(const Job& job, int threads, const Body& body) {
-  const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (kBlock * job.channels));
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (block_pixels(job) * job.channels));
   parallel_for(blocks_of(job), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t block = begin; block < end; ++block) body(block);
   });
@@ -182,8 +186,9 @@ void statistics(const Job& job, float* mean, float* variance, int threads) {
   over_blocks(job, threads,
               [&](std::int64_t block) { block_statistics<Type>(job, block, means.of(block), squares.of(block)); });
   const auto pixels = static_cast<double>(job.pixels);
+  const std::int64_t most = block_pixels(job);
   const auto in_block = [&](std::int64_t block) {
-    return static_cast<double>(std::min(kBlock, job.pixels - block * kBlock));
+    return static_cast<double>(std::min(most, job.pixels - block * most));
   };
   std::vector<double> mean_of =
       means.sum([&](std::int64_t block, std::int64_t, double value) { return value * in_block(block) / pixels; });

@@ -70,7 +70,7 @@ TEST(affine_relu_stays_inside_its_buffers) {
       const auto x = halves(n, 1), grad = halves(n, 2);
       const auto scale = uniform(channels, 0.5f, 1.0f, 3), shift = uniform(channels, -1.0f, 1.0f, 4);
       const auto y = buffer<std::uint16_t>(n), out = buffer<std::uint16_t>(n);
-      op::run(x.get(), scale.get(), shift.get(), y.get(), pixels, channels, 3);
+      op::run({pbe::DType::bf16, pixels, channels, true}, x.get(), scale.get(), shift.get(), y.get(), 3);
       op::backward(grad.get(), y.get(), scale.get(), out.get(), pixels, channels, 3);
       CHECK(all_finite(y.get(), n) && all_finite(out.get(), n));
     }
