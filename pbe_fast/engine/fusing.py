@@ -71,8 +71,8 @@ class _Rewriting(Rewriting):
                 self.replace(node, conv)
         elif self._is_norm(source):
             name = str(source.target)
-            self.net.set_submodule(name, AffineReLU(self.module(source)))
-            self.modules[name] = self.net.get_submodule(name)
+            self.put(name, AffineReLU(self.module(source)))
+            self.net.set_submodule(name, self.modules[name])
             self.replace(node, source)
 
     def _fuse_add(self, node: fx.Node) -> fx.Node | None:

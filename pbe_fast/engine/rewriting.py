@@ -34,6 +34,11 @@ class Rewriting:
         self._names = Counter(id(module) for module in self.modules.values())
         self._calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
 
+    def put(self, name: str, module: nn.Module) -> None:
+        """Another module under a name that one has, or has not."""
+        self.modules[name] = module
+        self._names[id(module)] = 1
+
     def every(self, op: str | None = None) -> list[fx.Node]:
         """The nodes as they are now, in the order of the calls."""
         return [node for node in self.graph.nodes if op in (None, node.op)]

@@ -102,7 +102,6 @@ def _attributes(net: nn.Module) -> set[str]:
 def _form(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule | None:
     """The rewritten graph over the parameters and buffers of ``model``, whose modes are those of ``twin``."""
     rewriting = Rewriting(model, copy.deepcopy(graph))
-    rewriting.graph.owning_module = None
     found = False
     for node in rewriting.every("call_module"):
         norm = rewriting.module(node)
@@ -114,7 +113,7 @@ def _form(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule 
         relu = following is not None and rewriting.is_relu(following)
         if following is not None and relu:
             rewriting.replace(following, node)
-        rewriting.modules[str(node.target)] = NormInTraining(norm, relu=relu)
+        rewriting.put(str(node.target), NormInTraining(norm, relu=relu))
         found = True
     if not found:
         return None
