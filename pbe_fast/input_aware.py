@@ -15,6 +15,7 @@ from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine.forward import to_input
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
+from pbe_fast.engine.training import training_form
 from pbe_fast.finetune import DivergedError, endless_batches, learning_rate_factor
 from pbe_fast.poison import target_labels
 from pbe_fast.triggers import InputAware
@@ -131,6 +132,8 @@ class JointTrainer:
         self._dtype = dtype
         self._show_progress = show_progress
         self._step = 0
+        # As a step computes it.
+        self._form = training_form(model, trigger.image_shape)
         training = config.training
         self._optimizer = torch.optim.SGD(
             model.parameters(),
@@ -184,7 +187,7 @@ class JointTrainer:
         worn, patterns = self._trigger.wear(images[: len(donors)], donors)
         mixed = torch.cat([worn, images[len(donors) :]]).contiguous(memory_format=torch.channels_last)
         with autocast(images.device, self._dtype):
-            logits: Tensor = self._model(mixed)
+            logits: Tensor = self._form(mixed)
         loss = F.cross_entropy(logits.float(), torch.cat([targets[:count], labels[count:]]))
         return loss + self._config.input_aware.lambda_div * diversity_loss(donors, patterns)
 

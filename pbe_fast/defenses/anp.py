@@ -17,6 +17,7 @@ from pbe_fast.defenses.base import Defense, Work
 from pbe_fast.engine.forward import to_input
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
+from pbe_fast.engine.training import training_form
 from pbe_fast.finetune import endless_batches
 from pbe_fast.models import batch_norms
 
@@ -33,7 +34,7 @@ class ANP(Defense[ANPConfig]):
         names = list(batch_norms(work.model))
         rest, held_out = work.hold_out(config.held_out)
         with work.step("masks") as entry:
-            neurons = Neurons(copy.deepcopy(work.infected), names, work.dtype)
+            neurons = Neurons(copy.deepcopy(work.infected), names, work.dtype, rest.image_shape)
             masks = train_masks(neurons, rest, config, work.generator, show_progress=work.progress)
             entry |= {"images": len(rest), "updates": config.iterations}
         with work.step("pruning") as entry:
@@ -61,10 +62,11 @@ class Neurons:
         model: Frozen; put into training mode, as the authors do, so that batches are normalised by themselves.
         names: Its BN layers.
         dtype: Of the matrix products.
+        image_shape: (C, H, W) of its input.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-        self._model = model.train()
+    def __init__(self, model: nn.Module, names: list[str], dtype: torch.dtype, image_shape: tuple[int, ...]) -> None:
+        self._model = training_form(model.train(), image_shape)
         self._names = names
         self._dtype = dtype
         self._parameters = {key: p for name in names for key, p in _scaled_parameters(model, name)}

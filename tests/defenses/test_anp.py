@@ -23,7 +23,7 @@ CONFIG = ANPConfig(iterations=30, batch_size=64, max_drop=0.5)
 
 @pytest.fixture
 def neurons(infected: Any) -> Neurons:
-    return Neurons(frozen_copy(infected.model, torch.device("cpu")), NAMES, torch.float32)
+    return Neurons(frozen_copy(infected.model, torch.device("cpu")), NAMES, torch.float32, infected.clean.image_shape)
 
 
 def batch(infected: Any) -> tuple[torch.Tensor, torch.Tensor]:
