@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -62,14 +63,18 @@ class Replay:
         current.wait_stream(aside)
 
     def _capture(self) -> bool:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+        stream = self._side_stream()
         try:
+            # The stream is ours to leave: torch.cuda.graph stays on it where beginning or ending the capture raises.
             # thread_local: another thread may be pinning memory for the next batch.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._side_stream(), capture_error_mode="thread_local"
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 self._function()
         except RuntimeError as error:
+            _abandon(graph, stream.device.index, pool)
             warnings.warn(
                 f"a step runs without a CUDA graph: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3
             )
@@ -81,3 +86,16 @@ class Replay:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         return self._stream
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device_index: int, pool: Any) -> None:
+    """Ends what a failed capture began in the allocator.
+
+    An invalidated capture raises as it ends, before torch tells the allocator. While that takes a capture to be under
+    way it gives no memory back that another stream has used: every batch that is sent ahead would be lost.
+    """
+    graph.reset()
+    # Of a later torch, or where the capture failed before or after, there is nothing left to end.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device_index, pool)
+        torch._C._cuda_releasePool(device_index, pool)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, installed
 from torch import nn
 
 from pbe_fast.config import FineTuneConfig
@@ -19,6 +20,53 @@ def test_on_the_cpu_every_call_runs_the_function() -> None:
         step()
     assert counter == 6
     assert not step.captured
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return installed(monkeypatch)
+
+
+def test_the_fourth_call_captures_and_the_later_ones_replay(cuda: FakeCuda) -> None:
+    ran: list[object] = []
+    caller = cuda.current
+    step = Replay(lambda: ran.append(cuda.current), cuda.device)
+    for _ in range(6):
+        step()
+        assert cuda.current is caller
+    (graph,) = cuda.captured
+    # The warm-up and the capture on one stream.
+    assert ran == [graph.stream] * 4
+    assert graph.replayed == 3
+    assert step.captured
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+def test_a_capture_that_fails_leaves_nothing_behind(cuda: FakeCuda, when: str) -> None:
+    caller, ran = cuda.current, 0
+
+    def begins() -> None:
+        raise torch.AcceleratorError("CUDA error: the stream cannot be captured")
+
+    def function() -> None:
+        nonlocal ran
+        if when == "end":
+            cuda.ask()
+        ran += 1
+
+    if when == "begin":
+        cuda.fails = begins
+    step = Replay(function, cuda.device)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph: CUDA error") as said:
+        for _ in range(6):
+            step()
+            assert cuda.current is caller
+    assert len(said) == 1
+    assert ran == 6
+    assert not step.captured
+    # Nor does the allocator take a capture to be under way, or a pool to be in use.
+    assert cuda.underway == []
+    assert not any(cuda.references.values())
 
 
 @pytest.mark.gpu
