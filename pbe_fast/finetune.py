@@ -19,6 +19,7 @@ from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine import profile
 from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
 from pbe_fast.engine.replay import Replay
@@ -120,6 +121,7 @@ class FineTuner:
                 velocity = self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 velocity.zero_()
 
+    @gradients()
     @kept_heap()
     def run(
         self,
