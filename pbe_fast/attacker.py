@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from pbe_fast.attack_batch import AttackBatch, per_image
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
 from pbe_fast.engine.folding import FrozenCopy
-from pbe_fast.engine.replay import Replay
+from pbe_fast.engine.replay import Recorder, Replay
 from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.models.normalized import Normalized
@@ -45,7 +44,7 @@ class PGD:
         planned: Images that will be attacked in the whole run, where that is known.
         beside: Another attack on the same model, with images, batches and dtype of the same kind: one copy and one set
             of buffers serve both, which never run at the same time.
-        pool: As for `Replay`.
+        recorder: Of whom the attack serves, and never runs at the same time; one of its own, if not given.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class PGD:
         seed: int = 0,
         planned: int = 0,
         beside: PGD | None = None,
-        pool: Any = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.config = config
         self.image_shape = tuple(image_shape)
@@ -67,11 +66,11 @@ class PGD:
         self._planned = planned
         self._calls = 0
         net, self._mean, self._std = _apart(model)
-        self._pool = pool
         self._copy: FrozenCopy = beside._copy if beside else FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
         self._forward: Forward = self._copy
         device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
         self._device = device
+        self._recorder = recorder or Recorder(device)
         # A graph and compiled code have one batch size.
         self._fixed = device.type == "cuda"
         rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
@@ -271,8 +270,8 @@ class PGD:
     def _make_replays(self) -> None:
         # No cycle: what the object holds goes with it, not when the garbage collector comes by.
         own = weakref.proxy(self)
-        self._run_all = Replay(lambda: own._run(own._batch), self._device, pool=self._pool)
-        self._step_all = Replay(lambda: own._step(own._batch), self._device, pool=self._pool)
+        self._run_all = Replay(lambda: own._run(own._batch), self._recorder, kind="attack")
+        self._step_all = Replay(lambda: own._step(own._batch), self._recorder, kind="attack")
 
     def _compile(self) -> None:
         def try_out(forward: Forward) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +11,25 @@ import torch
 
 # torch hands out so many streams of a device, and then the same ones again.
 STREAMS = 32
+
+
+@dataclass(frozen=True)
+class FakeStream:
+    cuda_stream: int
+    device: torch.device
+
+    def wait_stream(self, other: FakeStream) -> None:
+        """Streams run in the order of the calls here."""
+
+
+@dataclass
+class Captured:
+    """What is known of a graph once it may be gone: its stream, its pool, its replays, and whether it is there."""
+
+    stream: FakeStream
+    pool: object
+    replayed: int = 0
+    alive: bool = True
 
 
 class FakeCuda:
@@ -23,7 +42,8 @@ class FakeCuda:
         invalid: Whether the capture under way was invalidated, as a question to the device does it.
         underway: Pools that the allocator takes to be captured into.
         references: Captures by pool that hold it.
-        captured: Graphs in the order of their capture, successful or not.
+        captured: Of every graph, in the order of their captures, failed ones included.
+        workspaces: By stream, how often its workspace was freed: as often as a graph captured there was destroyed.
         fails: Asked at the beginning of a capture; what it raises, the capture raises.
     """
 
@@ -32,12 +52,13 @@ class FakeCuda:
     def __init__(self) -> None:
         self.streams = 0
         self.pools = 0
-        self.current: Any = self.stream()
-        self.capturing: Any = None
+        self.current = FakeStream(-1, self.device)
+        self.capturing: object = None
         self.invalid = False
         self.underway: list[Any] = []
         self.references: dict[Any, int] = {}
-        self.captured: list[Any] = []
+        self.captured: list[Captured] = []
+        self.workspaces: dict[FakeStream, int] = {}
         self.fails: Callable[[], None] = lambda: None
 
     def ask(self) -> None:
@@ -46,10 +67,10 @@ class FakeCuda:
             self.invalid = True
             raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
-    def stream(self, device: object = None) -> Any:
+    def stream(self, device: object = None) -> FakeStream:
         """`torch.cuda.Stream`."""
-        handle, self.streams = self.streams % STREAMS, self.streams + 1
-        return SimpleNamespace(cuda_stream=handle, device=self.device, wait_stream=lambda other: None)
+        self.streams += 1
+        return FakeStream(self.streams % STREAMS, self.device)
 
     def pool(self) -> tuple[int, int]:
         """`torch.cuda.graph_pool_handle`."""
@@ -85,12 +106,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
     class Graph:
         def __init__(self) -> None:
-            self.replayed = 0
             self.ended = False
-            cuda.captured.append(self)
 
         def capture_begin(self, pool: object = None, **options: object) -> None:
-            self.pool, self.stream = pool, cuda.current
+            self.noted = Captured(cuda.current, pool)
+            self.workspace = cuda.workspaces.setdefault(cuda.current, 0)
+            cuda.captured.append(self.noted)
             cuda.underway.append(pool)
             cuda.references[pool] = cuda.references.get(pool, 0) + 1
             cuda.fails()
@@ -100,17 +121,22 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
             cuda.capturing = None
             if cuda.invalid:
                 raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
-            cuda.end_allocate(0, self.pool)
+            cuda.end_allocate(0, self.noted.pool)
             self.ended = True
 
         def replay(self) -> None:
             assert self.ended
-            self.replayed += 1
+            assert cuda.workspaces[self.noted.stream] == self.workspace, "an illegal memory access was encountered"
+            self.noted.replayed += 1
 
         def reset(self) -> None:
             if self.ended:
-                cuda.release(0, self.pool)
-            self.ended = False
+                cuda.workspaces[self.noted.stream] += 1
+                cuda.release(0, self.noted.pool)
+            self.ended = self.noted.alive = False
+
+        def __del__(self) -> None:
+            self.reset()
 
     for name, fake in {
         "Stream": cuda.stream,
