@@ -352,6 +352,7 @@ def test_the_compiled_network_gives_the_same(model: nn.Module, images: Tensor, l
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -396,6 +397,7 @@ def test_a_gpu_is_never_waited_for(model: nn.Module, images: Tensor, labels: Ten
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
 def test_a_gpu_stops_early_in_fixed_slots(model: nn.Module, images: Tensor) -> None:
     labels = predictions(model, images)
     config = PGDConfig(norm="l2", eps=2.0, steps=6, early_stop=True)

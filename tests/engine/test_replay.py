@@ -198,6 +198,7 @@ def _network() -> nn.Module:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
 def test_the_captured_training_step_equals_the_one_on_the_cpu() -> None:
     on_cpu, on_gpu = _network(), _network().cuda()
     expected = _tuner(on_cpu).run(_set(), steps=12)
