@@ -185,9 +185,8 @@ class FineTuner:
             step.prepare()
             if turn is not None:
                 attacker = self._attacker_for(turn, data, steps // len(attacks))
-                ids = batch.ids.to(self._device, non_blocking=True)
                 step.buffers.adversarial.copy_(
-                    attacker(step.buffers.images, step.buffers.labels, ids, seed=next(seeds))
+                    attacker(step.buffers.images, step.buffers.labels, batch.ids, seed=next(seeds))
                 )
             step.update()
             seen += size

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pbe_fast.engine import streaming
 from pbe_fast.engine.streaming import fits, stream
 
 CPU = torch.device("cpu")
@@ -50,6 +51,38 @@ def test_batches_are_asked_for_a_little_ahead_and_read_by_another_thread(images:
     assert threading.active_count() == before + 1
     sent.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_the_next_batch_is_sent_while_one_is_worked_on(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered, sent = streaming._gathered, threading.Semaphore(0)
+
+    class Watched:
+        def __init__(self, staged: Tensor) -> None:
+            self.staged = staged
+
+        def to(self, device: torch.device) -> Tensor:
+            sent.release()
+            return self.staged
+
+    def watched(images: Tensor, batch: Tensor, *, pinned: bool) -> Watched:
+        return Watched(gathered(images, batch, pinned=pinned))
+
+    monkeypatch.setattr(streaming, "_gathered", watched)
+    batches = stream(images, torch.arange(50).split(10), CPU)
+    next(batches)
+    # The first one, and both that follow, without the second being asked for.
+    assert all(sent.acquire(timeout=10) for _ in range(3))
+    assert not sent.acquire(timeout=0.05)
+    next(batches)
+    assert sent.acquire(timeout=10)
+
+
+@pytest.mark.gpu
+def test_batches_arrive_whole_on_a_gpu(images: Tensor) -> None:
+    batches = list(torch.arange(50).split(3))
+    for got, batch in zip(stream(images, batches, torch.device("cuda")), batches, strict=True):
+        torch.cuda._sleep(1_000_000)
+        assert torch.equal(got.cpu(), images[batch])
 
 
 def test_an_index_that_is_not_there_is_an_error(images: Tensor) -> None:
