@@ -270,8 +270,10 @@ class PGD:
     def _make_replays(self) -> None:
         # No cycle: what the object holds goes with it, not when the garbage collector comes by.
         own = weakref.proxy(self)
-        self._run_all = Replay(lambda: own._run(own._batch), self._recorder, kind="attack")
-        self._step_all = Replay(lambda: own._step(own._batch), self._recorder, kind="attack")
+        calls = math.ceil(self._planned / len(self._batch)) * self.config.restarts if self._planned else None
+        steps = None if calls is None else calls * self.config.steps
+        self._run_all = Replay(lambda: own._run(own._batch), self._recorder, kind="attack", expected=calls)
+        self._step_all = Replay(lambda: own._step(own._batch), self._recorder, kind="attack", expected=steps)
 
     def _compile(self) -> None:
         def try_out(forward: Forward) -> None:

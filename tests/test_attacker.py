@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, installed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +14,7 @@ from pbe_fast import attacker
 from pbe_fast.attacker import PGD
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine import compiling
+from pbe_fast.engine.replay import Recorder
 from pbe_fast.errors import InputError
 from pbe_fast.models import Normalized, PreActResNet18
 from pbe_fast.pgd import pgd_attack
@@ -31,6 +34,11 @@ def smooth_network() -> nn.Module:
         net.get_buffer("1.running_mean").fill_(0.2)
         net.get_buffer("1.running_var").fill_(2.0)
     return net.eval()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return installed(monkeypatch)
 
 
 @pytest.fixture
@@ -407,3 +415,25 @@ def test_a_gpu_stops_early_in_fixed_slots(model: nn.Module, images: Tensor) -> N
         got = attack(images.cuda(), labels.cuda())
     assert attack._step_all.captured
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("planned", "options", "captured"),
+    [
+        (28, {}, False),
+        (29, {}, True),
+        (0, {}, True),
+        (16, {"restarts": 2, "random_start": True}, True),
+        (4, {"early_stop": True}, True),
+    ],
+)
+def test_what_is_planned_tells_whether_a_graph_is_worth_it(
+    model: nn.Module, cuda: FakeCuda, planned: int, options: dict[str, Any], captured: bool
+) -> None:
+    config = PGDConfig(steps=10, **options)
+    recorder = Recorder(cuda.device)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4, planned=planned, recorder=recorder)
+    step = attack._step_all if config.early_stop else attack._run_all
+    for _ in range(5):
+        step()
+    assert step.captured == captured

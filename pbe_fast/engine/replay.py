@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 _WARM_UP = 3
+# A capture costs as much as some calls: it has to wait for the device, to give cached memory back, to instantiate.
+_WORTH_CAPTURING = 8
 # torch hands out so many streams of a device, and then the same ones again.
 _STREAMS = 32
 
@@ -100,12 +102,17 @@ class Replay:
             for no value on the host.
         recorder: Its owner's.
         kind: Functions of one kind are alike: after one that cannot be captured no other is tried.
+        expected: Calls in all, where that is known. Fewer than 8 run as they are; only those beyond count towards a
+            graph.
     """
 
-    def __init__(self, function: Callable[[], None], recorder: Recorder, *, kind: str = "step") -> None:
+    def __init__(
+        self, function: Callable[[], None], recorder: Recorder, *, kind: str = "step", expected: int | None = None
+    ) -> None:
         self._function = function
         self._recorder = recorder
         self._kind = kind
+        self._plain = expected if expected is not None and expected < _WORTH_CAPTURING else 0
         self._warm_up = _WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -116,7 +123,9 @@ class Replay:
 
     def __call__(self) -> None:
         """Do what the function does, in the order of the current stream."""
-        if self._graph is None and self._recorder.records(self._kind):
+        if self._plain > 0:
+            self._plain -= 1
+        elif self._graph is None and self._recorder.records(self._kind):
             if self._warm_up > 0:
                 self._warm_up -= 1
                 self._recorder.run_aside(self._function)

@@ -124,6 +124,19 @@ def test_after_one_that_cannot_be_captured_no_other_of_its_kind_is_tried(cuda: F
     assert cuda.captured[0].pool != cuda.captured[1].pool
 
 
+def test_few_calls_are_not_worth_a_graph_until_there_are_more_of_them(cuda: FakeCuda) -> None:
+    ran: list[object] = []
+    caller = cuda.current
+    step = Replay(lambda: ran.append(cuda.current), Recorder(cuda.device), expected=7)
+    _called(step, 7)
+    assert ran == [caller] * 7
+    assert (cuda.streams, cuda.captured) == (0, [])
+    _called(step, 5)
+    assert step.captured
+    assert len(ran) == 11 and cuda.captured[0].replayed == 2
+    assert _called(Replay(_nothing, Recorder(cuda.device), expected=8), 4).captured
+
+
 def test_nothing_of_cuda_is_touched_on_a_cpu(cuda: FakeCuda) -> None:
     _called(Replay(_nothing, Recorder(torch.device("cpu"))))
     assert (cuda.streams, cuda.pools, cuda.captured) == (0, 0, [])
