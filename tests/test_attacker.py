@@ -437,3 +437,34 @@ def test_what_is_planned_tells_whether_a_graph_is_worth_it(
     for _ in range(5):
         step()
     assert step.captured == captured
+
+
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_compiling_is_decided_by_a_call_like_those_to_come(
+    model: nn.Module, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, early_stop: bool, captures: bool
+) -> None:
+    config = PGDConfig(steps=2, early_stop=early_stop)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4, planned=10**9, recorder=Recorder(cuda.device))
+    # As on a GPU; and no work is done where there is none.
+    attack._fixed = True
+    monkeypatch.setattr(attack, "_run", lambda batch: None if captures else cuda.ask())
+    monkeypatch.setattr(attack, "_step", lambda batch: None if captures else cuda.ask())
+    asked: list[tuple[int, float]] = []
+
+    def worth(seconds: float, device: torch.device) -> bool:
+        asked.append((attack._calls, seconds))
+        return False
+
+    monkeypatch.setattr(attacker, "worth_compiling", worth)
+    clock = iter(range(1000))
+    monkeypatch.setattr(attack, "_clock", lambda: float(next(clock)))
+    images, labels = torch.rand(4, *SHAPE), torch.zeros(4, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(8):
+            attack(images, labels)
+    assert attack._replay.captured == captures
+    # The fourth run of the function is captured: in the second call where a call has two.
+    first = 3 if early_stop else 5
+    assert asked == [(first, (10**9 - first * 4) / 4)]

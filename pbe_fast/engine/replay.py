@@ -121,6 +121,11 @@ class Replay:
         """Whether calls replay a graph."""
         return self._graph is not None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the next call is like most to come: replayed, or as it is where no graph is to be expected."""
+        return self.captured or self._plain > 0 or not self._recorder.records(self._kind)
+
     def __call__(self) -> None:
         """Do what the function does, in the order of the current stream."""
         if self._plain > 0:
