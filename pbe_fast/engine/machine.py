@@ -34,9 +34,9 @@ def describe() -> dict[str, Any]:
 
     Returns:
         Plain JSON values: ``versions`` (a version per package, None where it is missing), ``machine`` (``processor``,
-        ``cores`` usable by this process, ``torch_threads``, ``gpu`` or None, ``memory_gib``, ``system``), ``commit``
-        of the package's checkout (with "-dirty" when tracked files differ from it; None for an installed package),
-        and ``date`` in UTC, ISO 8601.
+        ``cores`` usable by this process, ``torch_threads``, ``gpu`` (of several the one that this process has used
+        most memory of) or None, ``memory_gib``, ``system``), ``commit`` of the package's checkout (with "-dirty" when
+        tracked files differ from it; None for an installed package), and ``date`` in UTC, ISO 8601.
     """
     return {
         "versions": _versions(),
@@ -45,7 +45,7 @@ def describe() -> dict[str, Any]:
             "cores": _usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": _gpu_name(),
             "system": platform.platform(),
         },
         "commit": git_commit(Path(__file__).parents[2]),
@@ -64,6 +64,12 @@ def processor_name() -> str:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(max(range(torch.cuda.device_count()), key=torch.cuda.max_memory_reserved))
 
 
 def git_commit(root: Path) -> str | None:

@@ -96,3 +96,12 @@ def test_the_peak_of_float32_is_that_of_what_convolutions_compute_in(
     # Nor is anything left that torch's older names for the same do not agree with.
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_of_several_gpus_the_one_in_use_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"GPU {index}")
+    for used, name in ((None, "GPU 0"), (1, "GPU 1"), (2, "GPU 2")):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index, used=used: 100 * (index == used))
+        assert describe()["machine"]["gpu"] == name
