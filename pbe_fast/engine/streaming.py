@@ -27,7 +27,9 @@ def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool
     if limit is None:
         if device.type != "cuda":
             return True
-        limit = torch.cuda.mem_get_info(device)[0] // 2
+        # What torch keeps of memory that was freed counts as taken with the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = (torch.cuda.mem_get_info(device)[0] + kept) // 2
     return size <= limit
 
 

@@ -101,3 +101,15 @@ def test_the_limit_decides_what_rests_on_the_device(images: Tensor) -> None:
     assert fits(images, CPU)
     assert fits(images, CPU, images.numel())
     assert not fits(images, CPU, images.numel() - 1)
+
+
+@pytest.mark.parametrize(("free", "reserved", "allocated"), [(6000, 0, 0), (1000, 7000, 2000), (0, 6000, 0)])
+def test_half_of_what_is_free_on_a_gpu_is_the_limit(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, allocated: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    assert images.numel() == 3000
+    assert fits(images, torch.device("cuda"))
+    assert not fits(torch.cat([images, images[:1]]), torch.device("cuda"))
