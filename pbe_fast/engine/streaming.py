@@ -47,7 +47,8 @@ def stream(images: Tensor, batches: Iterable[Tensor | slice], device: torch.devi
     Yields:
         (n, ...) of the same dtype.
     """
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    # Of high priority: no graph is captured on one of those, which would take in what is sent there in the meantime.
+    side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def send(batch: Tensor | slice) -> tuple[Tensor, torch.cuda.Event | None]:
         if side is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pbe_fast.engine import streaming
+from pbe_fast.engine.replay import Recorder
 from pbe_fast.engine.streaming import fits, stream
 
 CPU = torch.device("cpu")
@@ -75,6 +76,24 @@ def test_the_next_batch_is_sent_while_one_is_worked_on(images: Tensor, monkeypat
     assert not sent.acquire(timeout=0.05)
     next(batches)
     assert sent.acquire(timeout=10)
+
+
+def test_nothing_is_sent_on_a_stream_that_graphs_are_captured_on(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch hands out the same 32 streams again and again, but others for another priority.
+    asked: list[int] = []
+
+    def noted(device: torch.device, priority: int = 0) -> None:
+        asked.append(priority)
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.cuda, "Stream", noted)
+    with pytest.raises(NotImplementedError):
+        next(stream(images, [torch.arange(3)], torch.device("cuda")))
+    with pytest.raises(NotImplementedError):
+        Recorder(torch.device("cuda"))._side_stream()
+    assert asked[0] < 0 == asked[1]
 
 
 @pytest.mark.gpu
