@@ -112,7 +112,9 @@ def train_infected(
             poisoned = poison(clean, trigger, seed=first_draw, **which)
             trigger.to("cpu")
         else:
-            poisoned = data = poison(clean, trigger, seed=first_draw, **which)
+            poisoned = poison(clean, trigger, seed=first_draw, **which)
+            # One set in one place for all epochs: what a GPU records of a step reads its memory.
+            data = poisoned if trigger.redraw_each_epoch else poisoned.to(where)
             training = config.training
             if trigger.redraw_each_epoch:
                 # An epoch is one pass: images moved before it, and then triggered, are augmented as they should be.
@@ -121,9 +123,10 @@ def train_infected(
             for epoch in range(config.epochs):
                 if trigger.redraw_each_epoch:
                     moved = augment(clean.images, config.training.augment, tuning["generator"])
-                    data = poison(dataclasses.replace(clean, images=moved), trigger, seed=first_draw + epoch, **which)
+                    drawn = poison(dataclasses.replace(clean, images=moved), trigger, seed=first_draw + epoch, **which)
+                    data = data.copy_(drawn) if epoch else drawn.to(where)
                 desc = f"training, epoch {epoch + 1}/{config.epochs}"
-                losses.append(tuner.run(data.to(where), steps=per_epoch, desc=desc))
+                losses.append(tuner.run(data, steps=per_epoch, desc=desc))
     return InfectedModel(
         model=trained.eval().cpu(),
         train_data=poisoned.to("cpu"),

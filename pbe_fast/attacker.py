@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from pbe_fast.attack_batch import AttackBatch, per_image
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
 from pbe_fast.engine.folding import FrozenCopy
-from pbe_fast.engine.replay import Replay
+from pbe_fast.engine.replay import Recorder, Replay
 from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.models.normalized import Normalized
@@ -45,7 +44,7 @@ class PGD:
         planned: Images that will be attacked in the whole run, where that is known.
         beside: Another attack on the same model, with images, batches and dtype of the same kind: one copy and one set
             of buffers serve both, which never run at the same time.
-        pool: As for `Replay`.
+        recorder: Of whom the attack serves, and never runs at the same time; one of its own, if not given.
     """
 
     def __init__(
@@ -59,19 +58,20 @@ class PGD:
         seed: int = 0,
         planned: int = 0,
         beside: PGD | None = None,
-        pool: Any = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.config = config
         self.image_shape = tuple(image_shape)
         self._seed = seed
         self._planned = planned
         self._calls = 0
+        self._decided = config.compile != "auto" or planned == 0
         net, self._mean, self._std = _apart(model)
-        self._pool = pool
         self._copy: FrozenCopy = beside._copy if beside else FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
         self._forward: Forward = self._copy
         device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
         self._device = device
+        self._recorder = recorder or Recorder(device)
         # A graph and compiled code have one batch size.
         self._fixed = device.type == "cuda"
         rows = batch_size if self._fixed else min(batch_size, _CPU_ROWS)
@@ -120,8 +120,8 @@ class PGD:
             return images.clone()
         self._key.fill_(self._seed if seed is None else seed)
         self._calls += 1
-        # The first call warms up.
-        measured = self._calls == 2 and self._planned > 0 and self.config.compile == "auto"
+        # The first call warms up; on a GPU all up to the capture are several times slower than those to come.
+        measured = not self._decided and self._calls > 1 and self._replay.settled
         start = self._clock() if measured else 0.0
         best = self._attack(images, labels, image_ids, 0)
         if self.config.restarts > 1:
@@ -268,11 +268,17 @@ class PGD:
             rows = math.ceil(n / math.ceil(n / rows))
         yield from (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
+    @property
+    def _replay(self) -> Replay:
+        return self._step_all if self.config.early_stop else self._run_all
+
     def _make_replays(self) -> None:
         # No cycle: what the object holds goes with it, not when the garbage collector comes by.
         own = weakref.proxy(self)
-        self._run_all = Replay(lambda: own._run(own._batch), self._device, pool=self._pool)
-        self._step_all = Replay(lambda: own._step(own._batch), self._device, pool=self._pool)
+        calls = math.ceil(self._planned / len(self._batch)) * self.config.restarts if self._planned else None
+        steps = None if calls is None else calls * self.config.steps
+        self._run_all = Replay(lambda: own._run(own._batch), self._recorder, kind="attack", expected=calls)
+        self._step_all = Replay(lambda: own._step(own._batch), self._recorder, kind="attack", expected=steps)
 
     def _compile(self) -> None:
         def try_out(forward: Forward) -> None:
@@ -290,10 +296,11 @@ class PGD:
 
     def _decide(self, images: int, seconds: float) -> None:
         """Compiles if what is left of the planned work, at this speed, pays for it."""
+        self._decided = True
         if self._copy.is_fused:
             # Compiled, it is 12 % slower at width 16 and 9 % faster at width 64.
             return
-        left = self._planned - 2 * images
+        left = self._planned - self._calls * images
         if worth_compiling(left * seconds / images, self._device):
             self._compile()
 

@@ -19,9 +19,10 @@ from pbe_fast.data.image_set import ImageSet
 from pbe_fast.engine import profile
 from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
-from pbe_fast.engine.replay import Replay
+from pbe_fast.engine.replay import Recorder, Replay
 from pbe_fast.engine.training import training_form
 from pbe_fast.errors import InputError, PBEError
 from pbe_fast.waves import Waves
@@ -99,7 +100,7 @@ class FineTuner:
         self._recorded_for: tuple[ImageSet, bool] | None = None
         # The model as a step computes it, once the images' shape is known.
         self._form: nn.Module | None = None
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._recorder = Recorder(self._device)
         self.restart(total_steps=total_steps, teacher=teacher)
 
     def restart(self, *, total_steps: int, teacher: nn.Module | None = None) -> None:
@@ -120,6 +121,7 @@ class FineTuner:
                 velocity = self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 velocity.zero_()
 
+    @gradients()
     @kept_heap()
     def run(
         self,
@@ -183,9 +185,8 @@ class FineTuner:
             step.prepare()
             if turn is not None:
                 attacker = self._attacker_for(turn, data, steps // len(attacks))
-                ids = batch.ids.to(self._device, non_blocking=True)
                 step.buffers.adversarial.copy_(
-                    attacker(step.buffers.images, step.buffers.labels, ids, seed=next(seeds))
+                    attacker(step.buffers.images, step.buffers.labels, batch.ids, seed=next(seeds))
                 )
             step.update()
             seen += size
@@ -234,14 +235,12 @@ class FineTuner:
 
             if attacked:
                 # The attack between them is recorded, or not, by itself.
-                step = _Step(buffers, self._replay(prepare), self._replay(update))
+                prepared = Replay(prepare, self._recorder, kind="gathering")
+                step = _Step(buffers, prepared, Replay(update, self._recorder, kind="update"))
             else:
-                step = _Step(buffers, lambda: None, self._replay(whole))
+                step = _Step(buffers, lambda: None, Replay(whole, self._recorder, kind="update"))
             self._recorded[key] = step
         return self._recorded[key]
-
-    def _replay(self, function: Callable[[], None]) -> Replay:
-        return Replay(function, self._device, pool=self._pool)
 
     def _forwards(self, attack: Perturbation | None) -> float:
         """Work per image in forward passes: those of the attack; an update is three, the teacher one."""
@@ -270,7 +269,7 @@ class FineTuner:
                 dtype=self._dtype,
                 planned=steps * size,
                 beside=next((pgd for (_, shape), pgd in self._attackers.items() if shape == data.image_shape), None),
-                pool=self._pool,
+                recorder=self._recorder,
             )
         self._attackers[key].refresh(self._model)
         return self._attackers[key]

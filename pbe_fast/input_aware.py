@@ -74,10 +74,11 @@ def train_masks(
     sample = torch.randperm(len(data), generator=generator)[:_STATISTICS].to(data.device)
     # The weights of the losses are for images of deviation 1, which pixels in [0, 1] do not have.
     unit = data.floats(sample).std((0, 2, 3)).clamp_min(1 / 255).view(-1, 1, 1)
-    batches = itertools.islice(endless_batches(len(data), training.batch_size, generator), steps)
+    batches = endless_batches(len(data), training.batch_size, generator, device=data.device)
+    batches = itertools.islice(batches, steps)
     density = last = torch.zeros((), device=data.device)
     for step, batch in enumerate(progress(batches, total=steps, desc="training the masks", enabled=show_progress)):
-        images = to_input(augment(data.images[batch.to(data.device)], training.augment, generator))
+        images = to_input(augment(data.images[batch], training.augment, generator))
         masks = trigger.masks(images)
         loss = options.lambda_norm * density_loss(masks, options.mask_density)
         loss = loss + options.lambda_div * diversity_loss(images, masks, unit)
@@ -155,9 +156,9 @@ class JointTrainer:
         training, seen = self._config.training, 0
         total = torch.zeros((), device=data.device)
         self._model.train()
-        batches = itertools.islice(endless_batches(len(data), training.batch_size, self._generator), steps)
+        batches = endless_batches(len(data), training.batch_size, self._generator, device=data.device)
+        batches = itertools.islice(batches, steps)
         for batch in progress(batches, total=steps, desc=desc, enabled=self._show_progress):
-            batch = batch.to(data.device)
             images = to_input(augment(data.images[batch], training.augment, self._generator))
             loss = self.loss(images, data.labels[batch])
             self._update(loss)

@@ -16,6 +16,7 @@ from pbe_fast.calibration import LEAST_REPRESENTED
 from pbe_fast.config import PGDConfig, ScanConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
@@ -37,6 +38,7 @@ _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 Reached = Callable[..., Tensor]
 
 
+@gradients()
 def scan(
     model: nn.Module,
     images: Any,

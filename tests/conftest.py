@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,10 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"PBE_FAST_DATA; got {folder}, which is no folder")
     return folder
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """Convolutions in float32 on a GPU too, where torch lets them use TF32 otherwise: 10 bits of 23."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield

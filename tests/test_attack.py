@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from pbe_fast.attack import InfectedModel, train_infected
 from pbe_fast.config import AttackConfig, FineTuneConfig
 from pbe_fast.data import ImageSet
+from pbe_fast.data.augment import augment as move_all
 from pbe_fast.engine.forward import predict_logits
+from pbe_fast.engine.seeding import seeded
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner
 from pbe_fast.metrics import evaluate
-from pbe_fast.poison import triggered_test_set
+from pbe_fast.poison import poison, triggered_test_set
 from pbe_fast.triggers import BadNets, Trigger, WaNet, make_trigger
 
 SHAPE = (1, 8, 8)
@@ -136,7 +138,7 @@ def test_images_that_are_drawn_anew_are_moved_before_they_get_the_trigger(monkey
 
     class Watched(FineTuner):
         def run(self, data: ImageSet, **options: Any) -> float:
-            seen.append(data)
+            seen.append(data.select(range(len(data))))
             return super().run(data, **options)
 
     monkeypatch.setattr("pbe_fast.attack.FineTuner", Watched)
@@ -158,6 +160,52 @@ def test_images_that_are_drawn_anew_are_moved_before_they_get_the_trigger(monkey
     # What is handed back is the training set as its owner has it.
     clean = ~infected.train_data.poison_mask  # type: ignore[operator]
     assert torch.equal(infected.train_data.images[clean], data.images[clean])
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_all_epochs_read_one_set_in_one_place(monkeypatch: pytest.MonkeyPatch, redraw: bool) -> None:
+    seen: list[tuple[ImageSet, int, int]] = []
+
+    class Watched(FineTuner):
+        def run(self, data: ImageSet, **options: Any) -> float:
+            seen.append((data, data.images.data_ptr(), data.labels.data_ptr()))
+            return super().run(data, **options)
+
+    monkeypatch.setattr("pbe_fast.attack.FineTuner", Watched)
+    config = AttackConfig(epochs=3, training=TRAINING, poison_rate=0.1)
+    trigger = Noted(redraw=redraw)
+    train_infected(_network(), _data(), config=config, trigger=trigger, device="cpu", progress=False)
+    assert len(seen) == 3
+    assert all(epoch == seen[0] for epoch in seen)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+@pytest.mark.parametrize("attack", ["badnets", "wanet"])
+def test_the_epochs_are_those_of_a_plain_loop(attack: str, augment: str) -> None:
+    training = dataclasses.replace(TRAINING, augment=augment)
+    config = AttackConfig(attack=attack, epochs=3, training=training, poison_rate=0.1)
+    data = _data()
+    got = train_infected(_network(), data, config=config, seed=1, device="cpu", precision="fp32", progress=False)
+
+    model = _network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trigger = make_trigger(attack, SHAPE, seed=1)
+    if trigger.redraw_each_epoch:
+        training = dataclasses.replace(training, augment="none")
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    with seeded(1, torch.device("cpu")):
+        tuner = FineTuner(model, training, total_steps=15, generator=generator)
+        for epoch in range(3):
+            draw = 10_007 + epoch if trigger.redraw_each_epoch else 10_007
+            images = move_all(data.images, augment, generator) if trigger.redraw_each_epoch else data.images
+            poisoned = poison(dataclasses.replace(data, images=images), trigger, poison_rate=0.1, seed=draw)
+            losses.append(tuner.run(poisoned, steps=5))
+    assert got.losses == losses
+    assert all(torch.equal(value, got.model.state_dict()[name]) for name, value in model.state_dict().items())
+    # What is handed back is the first draw, on images where they were.
+    first = poison(data, trigger, poison_rate=0.1, seed=10_007)
+    assert torch.equal(got.train_data.images, first.images)
+    assert torch.equal(got.train_data.labels, first.labels)
 
 
 def test_the_attack_is_the_one_that_the_options_name() -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, installed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +14,7 @@ from pbe_fast import attacker
 from pbe_fast.attacker import PGD
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine import compiling
+from pbe_fast.engine.replay import Recorder
 from pbe_fast.errors import InputError
 from pbe_fast.models import Normalized, PreActResNet18
 from pbe_fast.pgd import pgd_attack
@@ -31,6 +34,11 @@ def smooth_network() -> nn.Module:
         net.get_buffer("1.running_mean").fill_(0.2)
         net.get_buffer("1.running_var").fill_(2.0)
     return net.eval()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return installed(monkeypatch)
 
 
 @pytest.fixture
@@ -352,6 +360,7 @@ def test_the_compiled_network_gives_the_same(model: nn.Module, images: Tensor, l
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -396,6 +405,7 @@ def test_a_gpu_is_never_waited_for(model: nn.Module, images: Tensor, labels: Ten
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
 def test_a_gpu_stops_early_in_fixed_slots(model: nn.Module, images: Tensor) -> None:
     labels = predictions(model, images)
     config = PGDConfig(norm="l2", eps=2.0, steps=6, early_stop=True)
@@ -405,3 +415,56 @@ def test_a_gpu_stops_early_in_fixed_slots(model: nn.Module, images: Tensor) -> N
         got = attack(images.cuda(), labels.cuda())
     assert attack._step_all.captured
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("planned", "options", "captured"),
+    [
+        (28, {}, False),
+        (29, {}, True),
+        (0, {}, True),
+        (16, {"restarts": 2, "random_start": True}, True),
+        (4, {"early_stop": True}, True),
+    ],
+)
+def test_what_is_planned_tells_whether_a_graph_is_worth_it(
+    model: nn.Module, cuda: FakeCuda, planned: int, options: dict[str, Any], captured: bool
+) -> None:
+    config = PGDConfig(steps=10, **options)
+    recorder = Recorder(cuda.device)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4, planned=planned, recorder=recorder)
+    step = attack._step_all if config.early_stop else attack._run_all
+    for _ in range(5):
+        step()
+    assert step.captured == captured
+
+
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_compiling_is_decided_by_a_call_like_those_to_come(
+    model: nn.Module, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, early_stop: bool, captures: bool
+) -> None:
+    config = PGDConfig(steps=2, early_stop=early_stop)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4, planned=10**9, recorder=Recorder(cuda.device))
+    # As on a GPU; and no work is done where there is none.
+    attack._fixed = True
+    monkeypatch.setattr(attack, "_run", lambda batch: None if captures else cuda.ask())
+    monkeypatch.setattr(attack, "_step", lambda batch: None if captures else cuda.ask())
+    asked: list[tuple[int, float]] = []
+
+    def worth(seconds: float, device: torch.device) -> bool:
+        asked.append((attack._calls, seconds))
+        return False
+
+    monkeypatch.setattr(attacker, "worth_compiling", worth)
+    clock = iter(range(1000))
+    monkeypatch.setattr(attack, "_clock", lambda: float(next(clock)))
+    images, labels = torch.rand(4, *SHAPE), torch.zeros(4, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(8):
+            attack(images, labels)
+    assert attack._replay.captured == captures
+    # The fourth run of the function is captured: in the second call where a call has two.
+    first = 3 if early_stop else 5
+    assert asked == [(first, (10**9 - first * 4) / 4)]

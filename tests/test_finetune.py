@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -273,6 +275,35 @@ def test_bf16_keeps_weights_and_statistics_in_float32(data: ImageSet) -> None:
     assert all(v.dtype == torch.float32 for k, v in mixed.state_dict().items() if "tracked" not in k)
     assert second == pytest.approx(first, rel=0.05)
     assert second != first
+
+
+class Casting(nn.Module):
+    """A model with an autocast of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: Tensor = self.net(images)
+        return logits
+
+
+@pytest.mark.parametrize("make", [network, Casting])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_precision_around_it_changes_nothing(
+    data: ImageSet, dtype: torch.dtype, make: Callable[[], nn.Module]
+) -> None:
+    losses, weights = [], []
+    for around in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = make()
+        one = tuner(model, plain(distill_weight=0.5), 12, dtype=dtype, teacher=network(seed=1).eval())
+        with around:
+            losses.append([one.run(data, steps=3, attack=attack) for attack in (ATTACK, None, ATTACK, None)])
+        weights.append(model.state_dict())
+    assert losses[0] == losses[1]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_augmentation_is_used(data: ImageSet) -> None:

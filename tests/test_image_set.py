@@ -99,3 +99,23 @@ def test_the_digest_sees_pixels_shape_and_labels(data: ImageSet) -> None:
 def test_what_does_not_fit_is_refused(data: ImageSet, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(data, **changes)
+
+
+def test_copying_keeps_the_memory_and_takes_the_values(data: ImageSet) -> None:
+    own = data.select(range(len(data)))
+    other = own.select(list(reversed(range(len(data)))))
+    memory = {name: tensor.data_ptr() for name, tensor in own._tensors().items()}
+    assert own.copy_(other) is own
+    assert {name: tensor.data_ptr() for name, tensor in own._tensors().items()} == memory
+    assert all(torch.equal(tensor, other._tensors()[name]) for name, tensor in own._tensors().items())
+    assert not torch.equal(own.images, data.images)
+
+
+def test_what_is_not_of_a_kind_is_not_copied(data: ImageSet) -> None:
+    own = data.select(range(len(data)))
+    fewer = data.select([0, 1])
+    others = [fewer, dataclasses.replace(own, poison_mask=None), dataclasses.replace(own, class_names=(*"abcdefgh",))]
+    for other in others:
+        with pytest.raises(InputError, match="set to copy"):
+            own.copy_(other)
+    assert torch.equal(own.images, data.images)

@@ -37,6 +37,15 @@ def _train(seed: int = 0, config: AttackConfig = CONFIG, trigger: InputAware | N
     )
 
 
+def test_mixed_precision_around_it_changes_nothing() -> None:
+    expected = _train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = _train()
+    assert got.losses == expected.losses
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(got.model.state_dict()[name], value), name
+
+
 def _trainer(trigger: InputAware, model: nn.Module, config: AttackConfig = CONFIG) -> JointTrainer:
     generator = torch.Generator().manual_seed(0)
     return JointTrainer(model, trigger, config, num_classes=4, total_steps=4, generator=generator)

@@ -28,7 +28,8 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "none":
         return images
     moves = draw_moves(len(images), int(images.shape[2]), kind, generator)
-    return move(images, moves.to(images.device))
+    # Out of memory that is not pinned, it is read before the call returns.
+    return move(images, moves.to(images.device, non_blocking=True))
 
 
 def draw_moves(count: int, height: int, kind: str, generator: torch.Generator) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from pbe_fast.engine.streaming import stream
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch: which images, (n,) int64, and how each is moved, (n, 3); ``pixels`` where they were sent."""
+    """One batch: which images, (n,) int64, and how each is moved, (n, 3); if streamed, also their labels and pixels."""
 
     ids: Tensor
     moves: Tensor
+    labels: Tensor | None = None
     pixels: Tensor | None = None
 
 
@@ -29,15 +31,22 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return math.ceil(n / batch_size)
 
 
-def balanced_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random order of 0..n-1 in batches whose sizes differ by at most one: no small last batch upsets BN."""
-    yield from torch.randperm(n, generator=generator).tensor_split(steps_per_epoch(n, batch_size))
+def balanced_batches(
+    n: int, batch_size: int, generator: torch.Generator, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """A random order of 0..n-1 in batches whose sizes differ by at most one: no small last batch upsets BN.
+
+    The generator is on the CPU; the order is sent to ``device`` as a whole.
+    """
+    yield from torch.randperm(n, generator=generator).to(device).tensor_split(steps_per_epoch(n, batch_size))
 
 
-def endless_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def endless_batches(
+    n: int, batch_size: int, generator: torch.Generator, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """`balanced_batches`, pass after pass."""
     while True:
-        yield from balanced_batches(n, batch_size, generator)
+        yield from balanced_batches(n, batch_size, generator, device=device)
 
 
 def draw_batches(
@@ -62,9 +71,9 @@ def draw_batches(
         batch_size: Images in one, at most.
         augment: As for `pbe_fast.data.augment.augment`.
         generator: On the CPU.
-        device: Where ``moves``, and ``pixels`` of a streamed set, are wanted.
+        device: Where the batches are wanted.
         among: int64 indices of the images to use; all, if not given.
-        streamed: Gather the pixels on the host, a batch ahead, and send them; ``ids`` then stay on the host.
+        streamed: Gather the pixels on the host, a batch ahead, and send them, and the labels of each pass with its ids.
     """
     n = len(data) if among is None else len(among)
     per_pass = steps_per_epoch(n, batch_size)
@@ -74,21 +83,25 @@ def draw_batches(
         for _ in range(math.ceil(steps / per_pass))
     ]
 
-    def batches(home: torch.device) -> Iterator[Batch]:
-        chosen = None if among is None else among.to(home)
-        for number, (order, moves) in enumerate(passes):
-            ids = order.to(home) if chosen is None else chosen[order.to(home)]
-            parts = zip(ids.tensor_split(per_pass), moves.to(device).tensor_split(per_pass), strict=True)
-            for _, (i, m) in zip(range(steps - number * per_pass), parts, strict=False):
-                yield Batch(i, m)
+    chosen = None if among is None else among.to(data.device)
+
+    def ids_of(order: Tensor) -> Tensor:
+        order = order.to(data.device)
+        return order if chosen is None else chosen[order]
+
+    def batches() -> Iterator[Batch]:
+        for order, moves in passes:
+            ids = ids_of(order)
+            sent = [ids, moves, data.labels[ids]] if streamed else [ids, moves]
+            yield from map(Batch, *(tensor.to(device).tensor_split(per_pass) for tensor in sent))
 
     if not streamed:
-        yield from batches(device)
+        yield from itertools.islice(batches(), steps)
         return
-    host = data.device
-    sent = stream(data.images, (batch.ids for batch in batches(host)), device)
-    for batch, pixels in zip(batches(host), sent, strict=True):
-        yield Batch(batch.ids, batch.moves, pixels)
+    where = itertools.chain.from_iterable(ids_of(order).tensor_split(per_pass) for order, _ in passes)
+    pixels = stream(data.images, itertools.islice(where, steps), device)
+    for batch, of_batch in zip(itertools.islice(batches(), steps), pixels, strict=True):
+        yield replace(batch, pixels=of_batch)
 
 
 class Buffers:
@@ -104,7 +117,6 @@ class Buffers:
     def __init__(self, data: ImageSet, size: int, device: torch.device, *, resident: bool) -> None:
         shape = (size, *data.image_shape)
         self._data = data if resident else None
-        self._labels_at_rest = data.labels
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._moves = torch.zeros(size, 3, dtype=torch.int16, device=device)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -115,11 +127,11 @@ class Buffers:
     def load(self, batch: Batch) -> None:
         """What comes from outside: indices, or images that were sent."""
         self._moves.copy_(batch.moves)
-        if batch.pixels is None:
+        if batch.pixels is None or batch.labels is None:
             self._ids.copy_(batch.ids)
         else:
             self._pixels.copy_(batch.pixels)
-            self.labels.copy_(self._labels_at_rest[batch.ids])
+            self.labels.copy_(batch.labels)
 
     def fill(self, augmented: bool) -> None:
         """``images`` and ``labels`` from it: gathered, moved, as float32 in [0, 1]."""

@@ -78,6 +78,20 @@ class ImageSet:
         """The same set with all its tensors on ``device``."""
         return dataclasses.replace(self, **{k: v.to(device) for k, v in self._tensors().items()})
 
+    def copy_(self, other: ImageSet) -> ImageSet:
+        """Takes the tensors of another set of the same size into its own memory, and returns itself.
+
+        Raises:
+            InputError: Another number or shape of images, other classes, or not the same knowledge of poisoning.
+        """
+        mine, others = self._tensors(), other._tensors()
+        shapes, wanted = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (others, mine))
+        if shapes != wanted or other.class_names != self.class_names:
+            raise InputError("set to copy", got=f"{shapes} of {other.num_classes} classes", accepted=f"{wanted}")
+        for name, tensor in mine.items():
+            tensor.copy_(others[name])
+        return self
+
     def select(self, indices: Tensor | Sequence[int], *, name: str | None = None) -> ImageSet:
         """The images at ``indices`` (int64, or a bool mask over the set), in that order."""
         where = torch.as_tensor(indices, device=self.device)

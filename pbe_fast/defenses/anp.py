@@ -92,9 +92,9 @@ def train_masks(
     """Masks that keep the loss low under the worst relative change of the neurons: (count,) in [0, 1]."""
     masks = torch.ones(neurons.count, device=data.device, requires_grad=True)
     optimizer = torch.optim.SGD([masks], lr=config.mask_lr, momentum=_MASK_MOMENTUM)
-    batches = itertools.islice(endless_batches(len(data), config.batch_size, generator), config.iterations)
+    batches = endless_batches(len(data), config.batch_size, generator, device=data.device)
+    batches = itertools.islice(batches, config.iterations)
     for batch in progress(batches, total=config.iterations, desc="masks", enabled=show_progress):
-        batch = batch.to(data.device)
         images, labels = to_input(augment(data.images[batch], config.augment, generator)), data.labels[batch]
         ones = torch.ones_like(masks)
         # Eq. 5: the clean loss, and that under the worst perturbation of weights and biases
@@ -118,7 +118,7 @@ def worst_change(
     Signed gradient steps from a random start in the box, and back into it.
     """
     eps = config.perturbation
-    both = ((torch.rand(2, neurons.count, generator=generator) * 2 - 1) * eps).to(masks.device)
+    both = ((torch.rand(2, neurons.count, generator=generator) * 2 - 1) * eps).to(masks.device, non_blocking=True)
     for _ in range(config.perturbation_steps):
         both.requires_grad_(True)
         loss = neurons.loss(images, labels, masks + both[0], 1 + both[1])

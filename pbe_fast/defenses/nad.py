@@ -73,6 +73,8 @@ class Distiller(FineTuner):
         **options: Any,
     ) -> None:
         super().__init__(model, config, **options)
+        # Its own modules, which a form made for training would pass by, are where the activations are read.
+        self._form = model
         self._guide = guide
         self._betas = betas
         self._power = power

@@ -160,7 +160,7 @@ def _search_group(
     schedules = [CostSchedule(config) for _ in labels]
     rounds = [0] * len(labels)
     best = raw.detach().clone()
-    batches = endless_batches(len(data), config.trigger_batch, generator)
+    batches = endless_batches(len(data), config.trigger_batch, generator, device=data.device)
     labels = labels.to(data.device)
     for _ in range(config.trigger_rounds):
         # Those that are done leave the batch.
@@ -171,7 +171,7 @@ def _search_group(
         cost = torch.tensor([schedules[i].cost for i in active], device=data.device)
         figures = torch.zeros(2, len(active), device=data.device)
         for _ in range(config.updates_per_round):
-            images = to_input(data.images[next(batches).to(data.device)])
+            images = to_input(data.images[next(batches)])
             masks, patterns = _unit(raw[where])
             logits = _stamped_logits(network, images, masks, patterns)
             targets = labels[where][:, None].expand(logits.shape[:2])

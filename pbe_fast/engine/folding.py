@@ -85,8 +85,14 @@ class FrozenCopy(nn.Module):
     def refresh(self, model: nn.Module) -> None:
         """Takes the current weights and BN statistics of ``model``, the one copied or another of its architecture."""
         state = _state(model)
-        if self._own:
-            torch._foreach_copy_(list(self._own.values()), [state[name] for name in self._own])
+        # Lists of one dtype each: others are copied tensor by tensor on a GPU.
+        alike: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for name, own in self._own.items():
+            targets, sources = alike.setdefault((own.dtype, state[name].dtype), ([], []))
+            targets.append(own)
+            sources.append(state[name])
+        for targets, sources in alike.values():
+            torch._foreach_copy_(targets, sources)
         for conv, norm in self._pairs:
             _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
         for module in self.net.modules():

@@ -18,6 +18,14 @@ _LARGEST = 512
 # Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
 _WORTH_FOLDING = 4096
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_STATUS_ALLOC_FAILED",
+    "_DEVICE_ALLOCATION_FAILED",
+)
+
 
 def to_input(images: Tensor) -> Tensor:
     """uint8 (B, C, H, W) to float32 in [0, 1], channels_last: what every model of the package is fed."""
@@ -87,10 +95,9 @@ def predict_logits(
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out: a GPU's, the CPU's, or a workspace of cuDNN or cuBLAS."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
+    # Only torch's own allocator raises the type. CUDA's runtime, its driver and Triton say it in words alone.
     text = str(error)
-    return any(said in text for said in ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED"))
+    return isinstance(error, torch.OutOfMemoryError) or any(said in text for said in _OUT_OF_MEMORY)
 
 
 def _batches(images: Tensor, start: int, size: int, device: torch.device, *, streamed: bool) -> Iterator[Tensor]:

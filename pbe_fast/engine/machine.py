@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,9 +34,9 @@ def describe() -> dict[str, Any]:
 
     Returns:
         Plain JSON values: ``versions`` (a version per package, None where it is missing), ``machine`` (``processor``,
-        ``cores`` usable by this process, ``torch_threads``, ``gpu`` or None, ``memory_gib``, ``system``), ``commit``
-        of the package's checkout (with "-dirty" when tracked files differ from it; None for an installed package),
-        and ``date`` in UTC, ISO 8601.
+        ``cores`` usable by this process, ``torch_threads``, ``gpu`` (of several the one that this process has used
+        most memory of) or None, ``memory_gib``, ``system``), ``commit`` of the package's checkout (with "-dirty" when
+        tracked files differ from it; None for an installed package), and ``date`` in UTC, ISO 8601.
     """
     return {
         "versions": _versions(),
@@ -44,7 +45,7 @@ def describe() -> dict[str, Any]:
             "cores": _usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": _gpu_name(),
             "system": platform.platform(),
         },
         "commit": git_commit(Path(__file__).parents[2]),
@@ -63,6 +64,12 @@ def processor_name() -> str:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(max(range(torch.cuda.device_count()), key=torch.cuda.max_memory_reserved))
 
 
 def git_commit(root: Path) -> str | None:
@@ -85,14 +92,33 @@ class Peak:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best of a few matrix products in ``dtype`` and of a few copies, on the threads in use; about a second."""
+    """The best of a few matrix products in ``dtype`` and of a few copies, on the threads in use; about a second.
+
+    Of float32 on a GPU in TF32, where convolutions may use it: they are most of what is compared with the peak.
+    """
     size, copied = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product = _shortest(lambda: torch.mm(a, b), device)
+    with _rounded_as_convolutions(device, dtype):
+        product = _shortest(lambda: torch.mm(a, b), device)
     copy = _shortest(lambda: target.copy_(source), device)
     return Peak(2 * size**3 / product, 2 * copied / copy)
+
+
+@contextmanager
+def _rounded_as_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, float32 matrix products on a GPU use TF32 where convolutions do: by torch's defaults these alone do."""
+    products, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    changed = device.type == "cuda" and dtype == torch.float32 and convolutions == "tf32" != before
+    if changed:
+        products.fp32_precision = convolutions
+    try:
+        yield
+    finally:
+        if changed:
+            products.fp32_precision = before
 
 
 def _shortest(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -56,9 +57,17 @@ def resolve_precision(device: torch.device, requested: str = "auto") -> torch.dt
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Mixed precision for forward passes; does nothing at float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Mixed precision for forward passes; at float32 none, whatever the caller has switched on."""
+    # torch drops what it keeps of casts at the end of the outermost autocast. Inside one of the caller's that would be
+    # after all updates, and every pass would see the weights of the first. So nothing is kept, and what a model's own
+    # autocast keeps is dropped.
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @functools.cache

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, repeat
 
 import torch
 from torch import Tensor
+
+# Batches on the way beside the one that is worked on.
+_AHEAD = 2
 
 
 def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:
@@ -23,15 +27,17 @@ def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool
     if limit is None:
         if device.type != "cuda":
             return True
-        limit = torch.cuda.mem_get_info(device)[0] // 2
+        # What torch keeps of memory that was freed counts as taken with the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = (torch.cuda.mem_get_info(device)[0] + kept) // 2
     return size <= limit
 
 
 def stream(images: Tensor, batches: Iterable[Tensor | slice], device: torch.device) -> Iterator[Tensor]:
-    """The images of each batch on ``device``, in order, while the next one is gathered and sent.
+    """The images of each batch on ``device``, in order, while the next ones are gathered and sent.
 
-    A thread of its own reads (a memory map's pages with it) into pinned memory where the device is a GPU; the copy runs
-    on a stream of its own. At most two batches are on the way.
+    A thread of its own reads (a memory map's pages with it) into pinned memory where the device is a GPU, and sends, on
+    a stream of its own. At most two batches are on the way.
 
     Args:
         images: (N, ...) on the CPU.
@@ -41,40 +47,42 @@ def stream(images: Tensor, batches: Iterable[Tensor | slice], device: torch.devi
     Yields:
         (n, ...) of the same dtype.
     """
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    # Of high priority: no graph is captured on one of those, which would take in what is sent there in the meantime.
+    side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def gather(batch: Tensor | slice) -> Tensor:
-        source = images[batch] if isinstance(batch, slice) else images
-        count = len(source) if isinstance(batch, slice) else len(batch)
-        # torch's cache of pinned memory keeps a block until the copy out of it is done.
-        staged = torch.empty((count, *images.shape[1:]), dtype=images.dtype, pin_memory=side is not None)
-        if isinstance(batch, slice):
-            return staged.copy_(source)
-        return torch.index_select(source, 0, batch, out=staged)
+    def send(batch: Tensor | slice) -> tuple[Tensor, torch.cuda.Event | None]:
+        if side is None:
+            return _gathered(images, batch, pinned=False).to(device), None
+        with torch.cuda.stream(side):
+            # torch's cache of pinned memory keeps a block until the copy out of it is done.
+            sent = _gathered(images, batch, pinned=True).to(device, non_blocking=True)
+            return sent, side.record_event()
 
     with ThreadPoolExecutor(1, thread_name_prefix="pbe_fast.stream") as reader:
-        waiting: Tensor | None = None
-        pending = None
+        ahead: deque[Future[tuple[Tensor, torch.cuda.Event | None]]] = deque()
         for batch in chain(batches, repeat(None)):
-            following = None if batch is None else reader.submit(gather, batch)
-            if waiting is not None:
-                yield _arrived(waiting, side)
-            waiting = None if pending is None else _sent(pending.result(), device, side)
-            pending = following
-            if waiting is None and pending is None:
+            if batch is not None:
+                ahead.append(reader.submit(send, batch))
+                if len(ahead) <= _AHEAD:
+                    continue
+            if not ahead:
                 return
+            yield _arrived(*ahead.popleft().result(), device)
 
 
-def _sent(staged: Tensor, device: torch.device, side: torch.cuda.Stream | None) -> Tensor:
-    if side is None:
-        return staged.to(device)
-    with torch.cuda.stream(side):
-        return staged.to(device, non_blocking=True)
+def _gathered(images: Tensor, batch: Tensor | slice, *, pinned: bool) -> Tensor:
+    source = images[batch] if isinstance(batch, slice) else images
+    count = len(source) if isinstance(batch, slice) else len(batch)
+    staged = torch.empty((count, *images.shape[1:]), dtype=images.dtype, pin_memory=pinned)
+    if isinstance(batch, slice):
+        return staged.copy_(source)
+    return torch.index_select(source, 0, batch, out=staged)
 
 
-def _arrived(images: Tensor, side: torch.cuda.Stream | None) -> Tensor:
-    if side is not None:
-        current = torch.cuda.current_stream(images.device)
-        current.wait_stream(side)
+def _arrived(images: Tensor, sent: torch.cuda.Event | None, device: torch.device) -> Tensor:
+    if sent is not None:
+        # For this batch alone: the next one may be on its way on the same stream.
+        current = torch.cuda.current_stream(device)
+        current.wait_event(sent)
         images.record_stream(current)
     return images

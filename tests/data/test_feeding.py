@@ -1,13 +1,30 @@
 from __future__ import annotations
 
+from itertools import islice
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.data import ImageSet
 from pbe_fast.data.augment import draw_moves, move
-from pbe_fast.data.feeding import Buffers, draw_batches
+from pbe_fast.data.feeding import Buffers, draw_batches, endless_batches
 
 CPU = torch.device("cpu")
+# In place of a GPU, where only it is of interest what is sent there and when.
+ELSEWHERE = torch.device("meta")
+
+
+class Sent(TorchDispatchMode):
+    """Counts what the thread it is in sends elsewhere."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += func is torch.ops.aten._to_copy.default and kwargs.get("device") == ELSEWHERE
+        return func(*args, **kwargs)
 
 
 @pytest.fixture
@@ -50,3 +67,28 @@ def test_a_pass_among_some_images_holds_each_of_them_once(data: ImageSet) -> Non
     ids = [batch.ids.tolist() for batch in batches]
     assert [len(i) for i in ids] == [3, 2, 3, 2]
     assert sorted(ids[0] + ids[1]) == sorted(ids[2] + ids[3]) == sorted(among.tolist())
+
+
+def test_all_but_the_pixels_of_a_streamed_set_is_sent_once_in_a_pass(data: ImageSet) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with Sent() as sent:
+        batches = list(
+            draw_batches(
+                data, steps=7, batch_size=4, augment="crop", generator=generator, device=ELSEWHERE, streamed=True
+            )
+        )
+    assert len(batches) == 7
+    for batch in batches:
+        assert batch.labels is not None and batch.pixels is not None
+        tensors = (batch.ids, batch.moves, batch.labels, batch.pixels)
+        assert {tensor.device for tensor in tensors} == {ELSEWHERE}
+        assert len({len(tensor) for tensor in tensors}) == 1
+    # Ids, moves and labels of two passes. The pixels are sent by another thread.
+    assert sent.count == 6
+
+
+def test_an_order_is_sent_once_in_a_pass(data: ImageSet) -> None:
+    with Sent() as sent:
+        batches = list(islice(endless_batches(19, 8, torch.Generator(), device=ELSEWHERE), 6))
+    assert {batch.device for batch in batches} == {ELSEWHERE}
+    assert sent.count == 2

@@ -223,3 +223,22 @@ def test_a_parameter_of_two_modules_stays_one() -> None:
     shadow.refresh(model)
     images = pictures(2, 3, 2, 2)
     torch.testing.assert_close(plain(shadow, images), plain(model, images, torch.bfloat16))
+
+
+def test_new_weights_come_in_lists_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = settled(PreActResNet18(4, width=4))
+    shadow = FrozenCopy(model, dtype=torch.bfloat16, image_shape=(3, 16, 16))
+    copy_, seen = torch._foreach_copy_, []
+
+    def watched(targets: list[Tensor], sources: list[Tensor]) -> None:
+        seen.append(([t.dtype for t in targets], [t.dtype for t in sources]))
+        copy_(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    settled(model, seed=5)
+    shadow.refresh(model)
+    assert len(seen) == 3
+    assert all(len(set(dtypes)) == 1 for call in seen for dtypes in call)
+    fresh = FrozenCopy(model, dtype=torch.bfloat16, image_shape=(3, 16, 16))
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(shadow.state_dict()[name], value), name

@@ -146,19 +146,25 @@ def test_what_the_model_keeps_can_be_used_for_training(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("kind", "text"),
     [
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        (RuntimeError, "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        (RuntimeError, "CUDA driver error: out of memory"),
+        (RuntimeError, "Triton Error [CUDA]: out of memory"),
     ],
 )
-def test_memory_may_run_out_in_other_words(images: Tensor, text: str) -> None:
+def test_memory_may_run_out_in_other_words(images: Tensor, kind: type[RuntimeError], text: str) -> None:
     class Words(Fits):
         def forward(self, images: Tensor) -> Tensor:
             try:
                 return super().forward(images)
             except torch.OutOfMemoryError:
-                raise RuntimeError(text) from None
+                raise kind(text) from None
 
     model = Words(5)
     got = predict_logits(model, images)
@@ -166,14 +172,17 @@ def test_memory_may_run_out_in_other_words(images: Tensor, text: str) -> None:
     assert model.tried == [23, 11, 5, 5, 5, 5, 3]
 
 
-def test_another_error_is_not_taken_for_lack_of_memory(images: Tensor) -> None:
+@pytest.mark.parametrize(
+    "text", ["mat1 and mat2 shapes cannot be multiplied", "CUDA error: an illegal memory access was encountered"]
+)
+def test_another_error_is_not_taken_for_lack_of_memory(images: Tensor, text: str) -> None:
     class Broken(Fits):
         def forward(self, images: Tensor) -> Tensor:
             self.tried.append(len(images))
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            raise RuntimeError(text)
 
     model = Broken(0)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+    with pytest.raises(RuntimeError, match=text):
         predict_logits(model, images)
     assert model.tried == [23]
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 
 import numpy
+import pytest
 import torch
 
 from pbe_fast import __version__
-from pbe_fast.engine.machine import describe, git_commit
+from pbe_fast.engine import machine
+from pbe_fast.engine.machine import describe, git_commit, measure_peak
 
 
 def test_describe_is_plain_json_and_true():
@@ -63,3 +65,43 @@ def test_commit_of_a_checkout(tmp_path):
     inner = tmp_path / "venv" / "site-packages"
     inner.mkdir(parents=True)
     assert git_commit(inner) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "convolutions", "products"),
+    [
+        ("cuda", torch.float32, True, "tf32"),
+        ("cuda", torch.float32, False, "none"),
+        ("cuda", torch.bfloat16, True, "none"),
+        ("cpu", torch.float32, True, "none"),
+    ],
+)
+def test_the_peak_of_float32_is_that_of_what_convolutions_compute_in(
+    monkeypatch, device, dtype, convolutions, products
+):
+    seen = []
+
+    def noted(function, device):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return 1.0
+
+    # The operands stay on the CPU, and small.
+    randn, one = torch.randn, torch.zeros(1, dtype=torch.uint8)
+    monkeypatch.setattr(machine, "_shortest", noted)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(2, 2))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: one)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=convolutions):
+        measure_peak(torch.device(device), dtype)
+    assert seen == [products, "none"]
+    # Nor is anything left that torch's older names for the same do not agree with.
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_of_several_gpus_the_one_in_use_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"GPU {index}")
+    for used, name in ((None, "GPU 0"), (1, "GPU 1"), (2, "GPU 2")):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index, used=used: 100 * (index == used))
+        assert describe()["machine"]["gpu"] == name

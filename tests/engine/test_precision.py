@@ -60,3 +60,14 @@ def test_autocast_is_on_below_float32_only() -> None:
         assert F.linear(x, w).dtype == torch.bfloat16
     with autocast(CPU, torch.float32):
         assert F.linear(x, w).dtype == torch.float32
+
+
+def test_no_weight_of_before_is_left_where_the_caller_has_mixed_precision_on() -> None:
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for value in (1.0, 2.0):
+            with torch.no_grad(), autocast(CPU, torch.bfloat16):
+                weight.fill_(value)
+                assert (F.linear(x, weight) == 3 * value).all()
+        with autocast(CPU, torch.bfloat16):
+            assert F.linear(x, weight).requires_grad
