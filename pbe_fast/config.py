@@ -172,7 +172,7 @@ class PurifyConfig:
         "attack; or steady: likewise, and where none is found, those whose label withstands small changes",
         ("steady", "hard", "random"),
     )
-    steady_share: float = option(0.5, "how much of the images counts as steady enough for the first extra set")
+    steady_share: float = option(0.25, "how much of the images counts as steady enough for the first extra set")
     fragile_share: float = option(
         0.3, "where no label is found: the most fragile images, which later extra sets leave out (0: none)"
     )

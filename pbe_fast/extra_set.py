@@ -33,9 +33,10 @@ def initial_extra_set(
     """D_ext^0: indices drawn at random, from all images (the paper) or from those that are seldom poisoned.
 
     A label that attracts adversarial images may be the attacker's target, and its images poisoned ones: none is taken.
-    Where no label does (all-to-all), an image whose label does not withstand small changes of the picture may owe it to
-    a trigger, and is left out. Of the rest, what the infected model finds hard (a high loss) seldom carries a trigger,
-    which is the easiest thing that it learned, and makes the strongest adversarial images.
+    Of the rest, what the infected model finds hard (a high loss) seldom carries a trigger, which is the easiest thing
+    that it learned, and makes the strongest adversarial images. Where no label attracts, only images are taken whose
+    label withstands small changes of the picture best: of the others it may be a trigger's. In an all-to-all attack,
+    whose trigger tells a label only along with the picture, it is not the easiest thing: hard images are no choice.
 
     Args:
         infected_logits: (N, K) of the training set.
@@ -52,16 +53,12 @@ def initial_extra_set(
     candidates = torch.arange(len(labels), device=labels.device)
     if config.initial != "random":
         trusted = candidates[~attracting.to(labels.device)[labels]]
-        # Enough candidates for the count, however many labels are left out.
-        hard = max(count, config.hard_quantile * len(trusted))
-        if fragility is not None:
-            steady = max(count, math.ceil(config.steady_share * len(trusted)))
-            trusted = trusted[fragility[trusted].argsort(stable=True)[:steady]]
-        loss = F.cross_entropy(infected_logits, labels, reduction="none")
-        share = min(1.0, hard / max(1, len(trusted)))
         if len(trusted) > 0:
-            kept = labels[trusted]
-            candidates = torch.cat([_hardest(loss, trusted[kept == k], share) for k in kept.unique()])
+            if fragility is not None:
+                candidates = _steadiest(fragility, trusted, config.steady_share, count)
+            else:
+                loss = F.cross_entropy(infected_logits, labels, reduction="none")
+                candidates = _hardest(loss, labels, trusted, config.hard_quantile, count)
     return _drawn(candidates, count, generator)
 
 
@@ -120,6 +117,16 @@ def _first(order: Tensor, fraction: float) -> Tensor:
     return order[: max(1, round(fraction * len(order)))]
 
 
-def _hardest(loss: Tensor, indices: Tensor, share: float) -> Tensor:
-    """The ``share`` of ``indices`` with the highest loss, at least one."""
-    return indices[loss[indices].argsort(descending=True, stable=True)[: math.ceil(share * len(indices))]]
+def _steadiest(fragility: Tensor, indices: Tensor, share: float, count: int) -> Tensor:
+    """The ``share`` of ``indices`` with the lowest fragility, at least ``count``."""
+    return indices[fragility[indices].argsort(stable=True)[: max(count, math.ceil(share * len(indices)))]]
+
+
+def _hardest(loss: Tensor, labels: Tensor, indices: Tensor, share: float, count: int) -> Tensor:
+    """The ``share`` of every label's ``indices`` with the highest loss, at least ``count`` in all and one of each."""
+    share = min(1.0, max(share, count / len(indices)))
+    kept = labels[indices]
+    by_label = [indices[kept == k] for k in kept.unique()]
+    return torch.cat(
+        [some[loss[some].argsort(descending=True, stable=True)[: math.ceil(share * len(some))]] for some in by_label]
+    )

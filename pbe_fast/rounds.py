@@ -115,12 +115,14 @@ class Run:
         # Initialisation: D_ext^0
         suspects = self._attracting_labels(train)
         changed = torch.zeros_like(suspects)
+        steady = None
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
             changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
-            if int(suspects.sum()) == 1:
-                # Nothing of the other labels is poisoned then: no need to keep to steady images.
-                fragile = None
+            if int(suspects.sum()) != 1:
+                # Else nothing of the other labels is poisoned: later rounds need not keep to steady images. The first
+                # one does all the same, as the label may have stood out by chance.
+                steady = fragile < 1 - self.config.fragile_share
         # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out.
         chosen = self._first_extra_set(train, infected_logits, suspects, fragile)
@@ -129,7 +131,6 @@ class Run:
         entry = self._purify_model(train, chosen, teacher=teacher, desc="round 0")
         ranking, agrees = self._rank(train, infected_logits)
         self._finish_round(0, entry | _found(ranking, train, suspects, chosen), ranking)
-        steady = None if fragile is None else fragile < 1 - self.config.fragile_share
         fractions = self.config.fractions[1:]
         ranking = self._later_rounds(
             train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed, steady=steady

@@ -143,21 +143,19 @@ def test_of_a_label_that_changed_only_the_closest_are_taken_where_most_are_poiso
     )
 
 
-def test_the_steady_set_leaves_out_what_small_changes_move() -> None:
+def test_the_steady_set_is_what_small_changes_move_least() -> None:
     labels = torch.arange(400) % 4
     fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
-    config = PurifyConfig(fractions=(0.1,), hard_quantile=0.25, steady_share=0.5)
-    generator = torch.Generator().manual_seed(0)
-    chosen = initial_extra_set(_scores(400), labels, NONE, config, generator, fragility=fragile)
-    assert len(chosen) == len(chosen.unique()) == 40
-    # Half of the images are steady, and half of those, a quarter of all, are hard.
-    steady = fragile.argsort()[:200]
-    assert set(chosen.tolist()) <= set(steady.tolist())
-    loss = F.cross_entropy(_scores(400), labels, reduction="none")
-    for k in range(4):
-        mine = steady[labels[steady] == k]
-        least = loss[mine].sort(descending=True).values[math.ceil(0.5 * len(mine)) - 1]
-        assert (loss[chosen][labels[chosen] == k] >= least).all()
+    config = PurifyConfig(fractions=(0.1,), hard_quantile=0.01, steady_share=0.2)
+    seen = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = initial_extra_set(_scores(400), labels, SECOND, config, generator, fragility=fragile)
+        assert len(chosen) == len(chosen.unique()) == 40
+        seen |= set(chosen.tolist())
+    # A fifth of the three labels' 300 images, drawn at random and not by how hard they are.
+    others = (labels != 1).nonzero()[:, 0]
+    assert seen == set(others[fragile[others].argsort()[:60]].tolist())
 
 
 def test_a_steady_set_as_large_as_everything() -> None:
