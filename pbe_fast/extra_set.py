@@ -19,6 +19,7 @@ from pbe_fast.ranking import Ranking, otsu_threshold
 
 # Distances below that of bfloat16's rounding are alike.
 _NEAREST = 1e-6
+_STEADY_HALF = 0.5
 
 
 def initial_extra_set(
@@ -60,6 +61,38 @@ def initial_extra_set(
                 loss = F.cross_entropy(infected_logits, labels, reduction="none")
                 candidates = _hardest(loss, labels, trusted, config.hard_quantile, count)
     return _drawn(candidates, count, generator)
+
+
+def judging_extra_set(
+    infected_logits: Tensor,
+    labels: Tensor,
+    left_out: Tensor,
+    fragility: Tensor,
+    config: PurifyConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """The images of a run that only shows which labels change when none of their images is learned from.
+
+    Benign labels have to change little. That takes images near the borders between labels: the hard ones, of the half
+    that withstands small changes best.
+
+    Args:
+        infected_logits: (N, K) of the training set.
+        labels: (N,) int64.
+        left_out: (K,) bool.
+        fragility: (N,), see `pbe_fast.steadiness`.
+        config: ``fractions[0]`` sets the size, ``hard_quantile`` the choice.
+        generator: On the CPU.
+
+    Returns:
+        int64 indices.
+    """
+    count = max(1, round(config.fractions[0] * len(labels)))
+    others = (~left_out.to(labels.device)[labels]).nonzero()[:, 0]
+    steady = _steadiest(fragility, others, _STEADY_HALF, count)
+    loss = F.cross_entropy(infected_logits, labels, reduction="none")
+    share = config.hard_quantile * len(others) / len(steady)
+    return _drawn(_hardest(loss, labels, steady, share, count), count, generator)
 
 
 def next_extra_set(

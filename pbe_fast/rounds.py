@@ -21,7 +21,7 @@ from pbe_fast.engine.precision import resolve_precision
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.engine.streaming import fits
-from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
 from pbe_fast.ranking import (
@@ -125,7 +125,9 @@ class Run:
                 steady = fragile < 1 - self.config.fragile_share
         # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out.
-        chosen = self._first_extra_set(train, infected_logits, suspects, fragile)
+        chosen = initial_extra_set(
+            infected_logits, train.labels, suspects, self.config, self.generator, fragility=fragile
+        )
         teacher = self.infected if suspects.any() else None
         # Steps 1 and 2: theta^0 becomes theta^1; step 3
         entry = self._purify_model(train, chosen, teacher=teacher, desc="round 0")
@@ -213,20 +215,13 @@ class Run:
             left_out = torch.zeros_like(forgotten)
             left_out[present[half::2]] = True
             self.model.load_state_dict(self.infected.state_dict())
-            chosen = self._first_extra_set(train, infected_logits, left_out, fragile)
+            chosen = judging_extra_set(infected_logits, train.labels, left_out, fragile, self.config, self.generator)
             desc = f"without half of the labels, {half + 1} of 2"
             self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
             forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
         self.model.load_state_dict(self.infected.state_dict())
         return forgotten
-
-    def _first_extra_set(
-        self, train: ImageSet, infected_logits: Tensor, left_out: Tensor, fragile: Tensor | None
-    ) -> Tensor:
-        return initial_extra_set(
-            infected_logits, train.labels, left_out, self.config, self.generator, fragility=fragile
-        )
 
     def _purify_model(
         self,
