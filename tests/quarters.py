@@ -15,7 +15,7 @@ from pbe_fast.attack import InfectedModel, train_infected
 from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
-from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner
 from pbe_fast.purify import purify
 from pbe_fast.result import PurifyResult
@@ -106,6 +106,10 @@ def watch(
         seen.fragile.append(keywords["fragility"] is not None)
         return initial_extra_set(*arguments, **keywords)
 
+    def judging(*arguments: Any) -> Tensor:
+        seen.left_out.append(arguments[2].nonzero()[:, 0].tolist())
+        return judging_extra_set(*arguments)
+
     def following(*arguments: Any, **keywords: Any) -> Tensor:
         seen.steady.append(keywords["steady"] is not None)
         return next_extra_set(*arguments, **keywords)
@@ -123,6 +127,7 @@ def watch(
         rounds, "attracting_labels", lambda counts: torch.tensor([k in attracting for k in range(classes)])
     )
     monkeypatch.setattr(rounds, "initial_extra_set", first)
+    monkeypatch.setattr(rounds, "judging_extra_set", judging)
     monkeypatch.setattr(rounds, "next_extra_set", following)
     monkeypatch.setattr(FineTuner, "restart", restarted)
     if changed is not None:

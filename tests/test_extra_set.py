@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.config import PurifyConfig
-from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.ranking import Ranking
 
 NONE = torch.zeros(4, dtype=torch.bool)
@@ -156,6 +156,24 @@ def test_the_steady_set_is_what_small_changes_move_least() -> None:
     # A fifth of the three labels' 300 images, drawn at random and not by how hard they are.
     others = (labels != 1).nonzero()[:, 0]
     assert seen == set(others[fragile[others].argsort()[:60]].tolist())
+
+
+def test_what_is_judged_by_are_hard_ones_of_the_steady_half() -> None:
+    labels = torch.arange(400) % 4
+    fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
+    config = PurifyConfig(fractions=(0.1,), hard_quantile=0.25)
+    generator = torch.Generator().manual_seed(0)
+    chosen = judging_extra_set(_scores(400), labels, SECOND, fragile, config, generator)
+    assert len(chosen) == len(chosen.unique()) == 40
+    others = (labels != 1).nonzero()[:, 0]
+    steady = others[fragile[others].argsort()[:150]]
+    assert set(chosen.tolist()) <= set(steady.tolist())
+    # A quarter of all is half of the steady ones.
+    loss = F.cross_entropy(_scores(400), labels, reduction="none")
+    for k in (0, 2, 3):
+        mine = steady[labels[steady] == k]
+        least = loss[mine].sort(descending=True).values[math.ceil(0.5 * len(mine)) - 1]
+        assert (loss[chosen][labels[chosen] == k] >= least).all()
 
 
 def test_a_steady_set_as_large_as_everything() -> None:

@@ -47,7 +47,7 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_the_one_that_changed(
     assert all(entry["labels_apart"] == [6] for entry in result.history)
     assert [entry["round"] for entry in result.history] == [0, 1, 2]
     # Later sets are of all images once a label is found; the infected model teaches as long as one is left out.
-    assert seen.fragile == [True, True, True] and seen.steady == [False, False]
+    assert seen.fragile == [True] and seen.steady == [False, False]
     assert seen.taught == [True, True, True, False, False]
     assert seen.unchanged_at_start == [True, True, True, False, False]
     # What it takes is told apart from the rounds.
@@ -66,7 +66,7 @@ def test_steady_images_stay_the_way_unless_it_is_one_label(
     seen = watch(monkeypatch, of_eight, attracting=[], changed=changed)
     run(of_eight.model, of_eight.train_data, initial="steady")
     assert seen.left_out[2:] == [found]
-    assert seen.fragile == [True, True, True] and seen.steady == [True, True]
+    assert seen.fragile == [True] and seen.steady == [True, True]
     assert seen.taught == [True, True, taught, False, False]
 
 
