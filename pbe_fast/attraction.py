@@ -18,8 +18,8 @@ _SAMPLE = 1000
 _BATCH = 250
 _HALVINGS = 6
 _MOVED = 0.25
-# Of CIFAR-10's ten labels a benign one, or one of an all-to-all attack, got up to 2.2 times its even share, targets from
-# 3.3 on (docs/recipe.md).
+# Of CIFAR-10's ten labels a benign one, or one of an all-to-all attack, got up to 2.2 times its even share, targets
+# from 3.3 on (docs/recipe.md).
 _STANDS_OUT = 2.5
 # In larger windows benign models lead to a label or two as well (docs/recipe.md: 36 of 40 in a quarter of the side).
 LARGEST_WINDOW = 0.125
@@ -179,9 +179,9 @@ def attracting_labels(counts: Tensor) -> Tensor:
         counts: (levels, K, K), as of `attack_counts`.
 
     Returns:
-        (K,) bool on the CPU: those with more than 2.5 times their even share at any level; none of two or fewer. A level at
-        which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all backdoor,
-        which leads to no label in particular.
+        (K,) bool on the CPU: those with more than 2.5 times their even share at any level; none of two or fewer. A
+        level at which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all
+        backdoor, which leads to no label in particular.
     """
     k = counts.shape[-1]
     attracting = torch.zeros(k, dtype=torch.bool)

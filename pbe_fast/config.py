@@ -177,6 +177,11 @@ class PurifyConfig:
         0.3, "where no label is found: the most fragile images, which later extra sets leave out (0: none)"
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
+    label_floor: float = option(
+        0.5,
+        "without a clean set: what every label gives to an extra set at least, as a share of what it gave if all gave "
+        "alike (0: the paper)",
+    )
     leave_out: bool = option(
         True,
         "with initial steady, where no label attracts: purify twice without images of half of the labels, to see of "
@@ -204,6 +209,7 @@ class PurifyConfig:
         check(self.initial in ("steady", "hard", "random"), "initial", self.initial, "steady, hard, random")
         check(0 < self.steady_share <= 1, "steady_share", self.steady_share, "above 0 and at most 1")
         check(0 <= self.fragile_share < 1, "fragile_share", self.fragile_share, "0 up to 1")
+        check(0 <= self.label_floor <= 1, "label_floor", self.label_floor, "0 to 1")
         check(0 < self.hard_quantile <= 1, "hard_quantile", self.hard_quantile, "above 0 and at most 1")
 
     @classmethod
@@ -215,7 +221,13 @@ class PurifyConfig:
         # The updates of its one turn, as they were before there were others.
         no_turns: dict[str, Any] = {"patch_windows": (), "wave_amplitudes": (), "adversarial_steps": 100}
         return cls(
-            finetune=plain, eps_factors=(1.0,), initial="random", leave_out=False, refining_fractions=(), **no_turns
+            finetune=plain,
+            eps_factors=(1.0,),
+            initial="random",
+            leave_out=False,
+            label_floor=0.0,
+            refining_fractions=(),
+            **no_turns,
         )
 
     @property

@@ -56,7 +56,9 @@ def initial_extra_set(
         trusted = candidates[~attracting.to(labels.device)[labels]]
         if len(trusted) > 0:
             if fragility is not None:
-                candidates = _steadiest(fragility, trusted, config.steady_share, count)
+                share = max(config.steady_share, count / len(trusted))
+                order = trusted[fragility[trusted].argsort(stable=True)]
+                candidates = first_of_each(order, labels, share, config.label_floor)
             else:
                 loss = F.cross_entropy(infected_logits, labels, reduction="none")
                 candidates = _hardest(loss, labels, trusted, config.hard_quantile, count)
@@ -89,7 +91,7 @@ def judging_extra_set(
     """
     count = max(1, round(config.fractions[0] * len(labels)))
     others = (~left_out.to(labels.device)[labels]).nonzero()[:, 0]
-    steady = _steadiest(fragility, others, _STEADY_HALF, count)
+    steady = others[fragility[others].argsort(stable=True)][: max(count, math.ceil(_STEADY_HALF * len(others)))]
     loss = F.cross_entropy(infected_logits, labels, reduction="none")
     share = config.hard_quantile * len(others) / len(steady)
     return _drawn(_hardest(loss, labels, steady, share, count), count, generator)
@@ -104,6 +106,7 @@ def next_extra_set(
     agrees: Tensor | None = None,
     changed: Tensor | None = None,
     steady: Tensor | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
     """D_ext^(t+1): the top ``fraction`` of the ranking, with a rank of their own for labels that attract.
 
@@ -122,14 +125,15 @@ def next_extra_set(
         changed: (K,) bool, of the attracting labels those that changed far more than others; none, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
             thousands teach a patch again, and the ranking alone does not keep them out.
+        floor: Of labels that do not attract, see `first_of_each`.
 
     Returns:
-        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label, and of
-        all images, exactly ``ranking.top(fraction)``.
+        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label or
+        floor, and of all images, exactly ``ranking.top(fraction)``.
     """
     ranked = ranking.order if steady is None else ranking.order[steady[ranking.order]]
     apart = attracting.to(labels.device)[labels[ranked]]
-    chosen = [_first(ranked[~apart], fraction)]
+    chosen = [first_of_each(ranked[~apart], labels, fraction, floor)]
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]
         distance = ranking.distance[order]
@@ -141,6 +145,31 @@ def next_extra_set(
     return torch.cat(chosen)
 
 
+def first_of_each(order: Tensor, labels: Tensor, fraction: float, floor: float) -> Tensor:
+    """The first ``fraction`` of an order, in which every label has at least ``floor`` of what would be its part.
+
+    A label that has lost images ranks low, and so would lose more of them in the next round, until it is forgotten.
+
+    Args:
+        order: int64 indices of images.
+        labels: (N,) int64, of all images.
+        fraction: Of ``order``.
+        floor: In [0, 1]. 0 is the beginning of the order whatever its labels, 1 the beginning of every label's.
+
+    Returns:
+        int64 indices in their order, at least one.
+    """
+    count = max(1, round(fraction * len(order)))
+    if floor == 0:
+        return order[:count]
+    kept = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    for k in labels[order].unique():
+        mine = order[labels[order] == k]
+        kept[mine[: math.ceil(floor * fraction * len(mine))]] = True
+    kept[order[~kept[order]][: max(0, count - int(kept.sum()))]] = True
+    return order[kept[order]]
+
+
 def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` of them, or all, in random order."""
     return candidates[torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)]
@@ -148,11 +177,6 @@ def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 def _first(order: Tensor, fraction: float) -> Tensor:
     return order[: max(1, round(fraction * len(order)))]
-
-
-def _steadiest(fragility: Tensor, indices: Tensor, share: float, count: int) -> Tensor:
-    """The ``share`` of ``indices`` with the lowest fragility, at least ``count``."""
-    return indices[fragility[indices].argsort(stable=True)[: max(count, math.ceil(share * len(indices)))]]
 
 
 def _hardest(loss: Tensor, labels: Tensor, indices: Tensor, share: float, count: int) -> Tensor:

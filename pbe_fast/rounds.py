@@ -21,7 +21,7 @@ from pbe_fast.engine.precision import resolve_precision
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.engine.streaming import fits
-from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
 from pbe_fast.ranking import (
@@ -122,7 +122,9 @@ class Run:
             if int(suspects.sum()) != 1:
                 # Else nothing of the other labels is poisoned: later rounds need not keep to steady images. The first
                 # one does all the same, as the label may have stood out by chance.
-                steady = fragile < 1 - self.config.fragile_share
+                steady = torch.zeros_like(fragile, dtype=torch.bool)
+                share, floor = 1 - self.config.fragile_share, self.config.label_floor
+                steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
         # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out.
         chosen = initial_extra_set(
@@ -161,7 +163,14 @@ class Run:
         of_changed = changed.to(train.device)[train.labels]
         for t, fraction in enumerate(fractions, start=1):
             chosen = next_extra_set(
-                ranking, train.labels, suspects, fraction, agrees=agrees, changed=changed, steady=steady
+                ranking,
+                train.labels,
+                suspects,
+                fraction,
+                agrees=agrees,
+                changed=changed,
+                steady=steady,
+                floor=self.config.label_floor,
             )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
             now, agrees_now = self._rank(train, infected_logits)

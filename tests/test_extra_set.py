@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.config import PurifyConfig
-from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.ranking import Ranking
 
 NONE = torch.zeros(4, dtype=torch.bool)
@@ -156,6 +156,35 @@ def test_the_steady_set_is_what_small_changes_move_least() -> None:
     # A fifth of the three labels' 300 images, drawn at random and not by how hard they are.
     others = (labels != 1).nonzero()[:, 0]
     assert seen == set(others[fragile[others].argsort()[:60]].tolist())
+
+
+def test_a_label_keeps_a_part_of_its_own() -> None:
+    labels = torch.arange(100) // 50
+    # The second label comes last.
+    order = torch.arange(100)
+    assert first_of_each(order, labels, 0.5, 0.0).tolist() == list(range(50))
+    # A quarter of half of its fifty images, in place of the first label's last.
+    assert first_of_each(order, labels, 0.5, 0.25).tolist() == [*range(43), *range(50, 57)]
+    assert first_of_each(order, labels, 0.5, 1.0).tolist() == [*range(25), *range(50, 75)]
+    # Of labels that are not in the order nothing is said.
+    assert first_of_each(order[:50], labels, 0.1, 1.0).tolist() == list(range(5))
+
+
+def test_the_floor_holds_for_every_set() -> None:
+    labels = torch.arange(400) % 4
+    # What is clean is of the first label, then of the second ...
+    order = torch.cat([(labels == k).nonzero()[:, 0] for k in range(4)])
+    values = torch.empty(400)
+    values[order] = torch.arange(400) / 400
+    config = PurifyConfig(fractions=(0.25,), steady_share=0.25, label_floor=0.2)
+    generator = torch.Generator().manual_seed(0)
+    first = initial_extra_set(_scores(400), labels, NONE, config, generator, fragility=values)
+    following = next_extra_set(_ranking(values), labels, NONE, 0.25, floor=0.2)
+    for chosen in (first, following):
+        assert torch.bincount(labels[chosen], minlength=4).tolist() == [85, 5, 5, 5]
+    assert torch.bincount(labels[next_extra_set(_ranking(values), labels, NONE, 0.25)], minlength=4).tolist()[
+        1:
+    ] == 3 * [0]
 
 
 def test_what_is_judged_by_are_hard_ones_of_the_steady_half() -> None:

@@ -75,11 +75,11 @@ def test_the_ranking_is_by_eq_9_against_the_infected_model(infected: InfectedMod
 def test_the_next_extra_set_is_the_top_of_the_ranking(infected: InfectedModel) -> None:
     mask = infected.train_data.poison_mask
     assert mask is not None
-    first = run(infected.model, infected.train_data, fractions=(0.25,))
+    first = run(infected.model, infected.train_data, fractions=(0.25,), label_floor=0.0)
     assert first.ranking is not None
     shares = []
     for fraction in (0.3, 0.6, 1.0):
-        both = run(infected.model, infected.train_data, fractions=(0.25, fraction))
+        both = run(infected.model, infected.train_data, fractions=(0.25, fraction), label_floor=0.0)
         assert both.history[0]["extra_set_poison_rate"] == first.history[0]["extra_set_poison_rate"]
         assert both.history[1]["extra_set_poison_rate"] == poisoned_share(first.ranking.top(fraction), mask)
         shares.append(both.history[1]["extra_set_poison_rate"])
