@@ -137,7 +137,15 @@ class Run:
         self._finish_round(0, entry | _found(ranking, train, suspects, chosen), ranking)
         fractions = self.config.fractions[1:]
         ranking = self._later_rounds(
-            train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed, steady=steady
+            train,
+            infected_logits,
+            ranking,
+            agrees,
+            fractions,
+            suspects=suspects,
+            changed=changed,
+            steady=steady,
+            floor=self.config.label_floor,
         )
         return self._result(ranking, train)
 
@@ -152,6 +160,7 @@ class Run:
         suspects: Tensor,
         changed: Tensor,
         steady: Tensor | None = None,
+        floor: float = 0.0,
     ) -> Ranking:
         """Rounds 1 and on, each on the images that rank clean after the one before; the last ranking.
 
@@ -170,7 +179,7 @@ class Run:
                 agrees=agrees,
                 changed=changed,
                 steady=steady,
-                floor=self.config.label_floor,
+                floor=floor,
             )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
             now, agrees_now = self._rank(train, infected_logits)

@@ -19,6 +19,13 @@ _TRAINING = FineTuneConfig(
     lr=0.1, batch_size=128, nesterov=True, warmup=0.25, augment="crop+flip", mix_clean=False, distill_weight=0.0
 )
 _TRAFFIC = dataclasses.replace(_TRAINING, augment="crop")
+# Options of PBE that only its other form has.
+_OTHERS_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "pbe": (
+        "fractions", "initial", "steady_share", "fragile_share", "hard_quantile", "label_floor", "leave_out",
+    ),
+    "pbe_no_clean": ("refining_fractions",),
+}  # fmt: skip
 # Of small models trained for ten epochs: smaller batches, which are more updates, learn a faint trigger (WaNet: attack
 # success 67 % with 64 images, 97 % with 32), and so it is without flips.
 _SHORT = dataclasses.replace(_TRAINING, batch_size=32, augment="crop")
@@ -106,6 +113,13 @@ class Scale:
             eps = self.eps if task == "reached" else self.feature_eps
             options = {"eps": eps, "attacked": self.attacked}
         return {"plan": to_dict(self.plans[data]), "poison_rate": self.poison_rate, "options": options}
+
+
+def of_task(described: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """What `Scale.describe` says, or said, of a cell, without options of PBE that its task does not ask for."""
+    without = _OTHERS_OPTIONS.get(task, ())
+    options = {name: value for name, value in described["options"].items() if name not in without}
+    return {**described, "options": options}
 
 
 GPU = Scale(

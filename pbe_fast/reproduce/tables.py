@@ -13,7 +13,7 @@ from pbe_fast.engine.files import atomic_write, write_text
 from pbe_fast.report.tables import MISSING, table
 from pbe_fast.reproduce.cells import DEFENSES, FEATURE_TABLE, TABLES, Cell, Request, subject_of, table_panels
 from pbe_fast.reproduce.paper import METRICS, paper_distance, paper_value
-from pbe_fast.reproduce.scales import Scale
+from pbe_fast.reproduce.scales import Scale, of_task
 from pbe_fast.reproduce.store import Store
 
 ATTACK_NAMES = {
@@ -208,7 +208,8 @@ def stale_note(entries: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
     stale: dict[str, dict[str, None]] = {}
     for entry in entries:
         subject, task = entry["cell"], entry["cell"]["task"]
-        if entry["config"] != _as_json(scale.describe(subject["data"], task)):
+        present = _as_json(scale.describe(subject["data"], task))
+        if of_task(entry["config"], task) != of_task(present, task):
             attack = ATTACK_NAMES.get(subject["attack"], subject["attack"])
             stale.setdefault(DEFENSE_NAMES.get(task, task), {})[attack] = None
     named = "; ".join(f"{task} ({', '.join(attacks)})" for task, attacks in stale.items())

@@ -79,6 +79,17 @@ def test_cells_of_other_options_are_told(store: Store, made_up: Callable) -> Non
     assert "other options" in make_table(1, REQUEST, CPU, store).markdown()
 
 
+@pytest.mark.parametrize(("task", "told"), [("pbe", False), ("pbe_no_clean", True)])
+def test_options_that_a_cell_has_no_use_for_are_not_told(
+    store: Store, made_up: Callable, task: str, told: bool
+) -> None:
+    entry = made_up(c := cell("wanet", task, 0), CPU, acc=0.9, asr=0.1)
+    entry["config"]["options"]["steady_share"] = 0.99
+    store.write(c, entry)
+    table = make_table(1, Request(tables=(1,), attacks=("wanet",), defenses=(task,)), CPU, store)
+    assert ("other options" in table.markdown()) == told
+
+
 def test_table_3_says_that_there_are_no_imagenet_weights(tmp_path: Path, made_up: Callable) -> None:
     request, store = Request(tables=(3,), attacks=("blend",), defenses=("before",)), Store(tmp_path)
     assert "No ImageNet weights" not in make_table(3, request, CPU, store).markdown()
