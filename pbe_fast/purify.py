@@ -14,6 +14,7 @@ from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import check_seed, seeded
+from pbe_fast.forgetting import warn_of_missing
 from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.options import check_kind
 from pbe_fast.result import PurifyResult
@@ -79,6 +80,7 @@ def purify(
     check_trainable(model)
     if clean is not None:
         check_batch(model, len(clean), "clean images")
+        warn_of_missing(clean, train)
     fractions = config.fractions if clean is None else config.refining_fractions
     if train is not None and fractions:
         check_batch(model, round(min(fractions) * len(train)), "images that the smallest fraction makes")

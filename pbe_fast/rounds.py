@@ -23,6 +23,7 @@ from pbe_fast.engine.seeding import seeded
 from pbe_fast.engine.streaming import fits
 from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner, steps_per_epoch
+from pbe_fast.forgetting import forgotten_labels, warn_of_forgotten
 from pbe_fast.mirroring import resolve_augment
 from pbe_fast.ranking import (
     FEWEST_LABELS,
@@ -82,6 +83,8 @@ class Run:
         self.round_seconds: dict[str, float] = {}
         self.profile: Profile | None = None
         self.on_round: OnRound | None = None
+        # As of the last round, (K,) bool.
+        self.forgotten = torch.zeros(data.num_classes, dtype=torch.bool)
         # One for all rounds, each of which restarts it: what it records for a GPU serves all without a teacher.
         self.tuner = FineTuner(
             self.model,
@@ -97,7 +100,12 @@ class Run:
         entry = self._purify_model(clean, teacher=self.infected, desc="round 0")
         if train is None:
             self._finish_round(0, entry)
-            return self._result(None, None)
+            agreed, agrees = (
+                self._logits(net, clean, "clean images").argmax(1) == clean.labels
+                for net in (self.infected, self.model)
+            )
+            self.forgotten = forgotten_labels(clean.labels, agreed, agrees, clean.num_classes)
+            return self._result(None, None, names=clean.class_names)
         infected_logits = self._infected_logits(train)
         ranking, agrees = self._rank(train, infected_logits)
         # No poisoned image has taught this model anything: what it changed most is the attacker's.
@@ -287,7 +295,11 @@ class Run:
         """The ranking, and where the purified model agrees with the label."""
         with self._phase(f"{counted_as}ranking"):
             purified_logits = self._logits(self.model, train, "ranking")
-            return rank_images(infected_logits, purified_logits), purified_logits.argmax(1) == train.labels
+            ranking = rank_images(infected_logits, purified_logits)
+        agrees = purified_logits.argmax(1) == train.labels
+        agreed = infected_logits.argmax(1) == train.labels
+        self.forgotten = forgotten_labels(train.labels, agreed, agrees, train.num_classes)
+        return ranking, agrees
 
     def _infected_logits(self, train: ImageSet) -> Tensor:
         """Once per run: theta' never changes."""
@@ -321,7 +333,12 @@ class Run:
         if name in _ROUND_PHASES:
             self.round_seconds[name] = spent
 
-    def _result(self, ranking: Ranking | None, train: ImageSet | None) -> PurifyResult:
+    def _result(
+        self, ranking: Ranking | None, train: ImageSet | None, names: Sequence[str] | None = None
+    ) -> PurifyResult:
+        names = train.class_names if train is not None else names
+        assert names is not None
+        warn_of_forgotten(self.forgotten, names)
         return PurifyResult(
             model=restored(self.model, self.original),
             ranking=ranking,

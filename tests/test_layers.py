@@ -20,7 +20,7 @@ LAYERS = (
     ("data", "models", "triggers"),
     ("attack_batch", "calibration", "poison", "pgd", "waves", "metrics"),
     ("attacker",),
-    ("attraction", "finetune", "mirroring", "ranking", "steadiness"),
+    ("attraction", "finetune", "forgetting", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
     ("rounds",),
     ("purify", "attack", "defenses"),
