@@ -18,7 +18,8 @@ from pbe_fast.forgetting import warn_of_missing
 from pbe_fast.models import check_batch, check_model, check_trainable
 from pbe_fast.options import check_kind
 from pbe_fast.result import PurifyResult
-from pbe_fast.rounds import OnRound, Run
+from pbe_fast.rounds import Run
+from pbe_fast.steps import OnRound
 
 
 @gradients()

@@ -22,6 +22,7 @@ LAYERS = (
     ("attacker",),
     ("attraction", "finetune", "forgetting", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
+    ("steps",),
     ("rounds",),
     ("purify", "attack", "defenses"),
     ("export", "report", "distributed"),

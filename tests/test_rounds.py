@@ -130,7 +130,7 @@ def test_the_infected_model_sees_the_training_set_once_per_run(
         shown.append((next(model.parameters()).requires_grad, len(images)))
         return predict_logits(model, images, **options)
 
-    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "predict_logits", watched)
+    monkeypatch.setattr(sys.modules["pbe_fast.steps"], "predict_logits", watched)
     run(infected.model, infected.train_data)
     # The infected model is the one that never trains.
     assert shown == [(False, 160), (True, 160), (True, 160), (True, 160)]
