@@ -45,7 +45,7 @@ pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out pu
 
 @click.command(cls=Command, short_help="erase the backdoor, rank the training images", example=_EXAMPLE)
 @path_option(
-    "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth"
+    "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth, .ckpt"
 )
 @option("--train", section=INPUT, help=f"what it was trained on: {DATA_HELP}  [default: train.npz in MODEL, if there]")
 @option("--clean", section=INPUT, help="trusted images, likewise: the first round is on them")
