@@ -200,6 +200,11 @@ def image_size_option(function: F) -> F:
     )(function)
 
 
+def size_given(image_size: int | None) -> dict[str, tuple[int, int]]:
+    """--image-size as `pbe_fast.runs.require_size` takes it; nothing where it was not given."""
+    return {} if image_size is None else {"the images (--image-size)": (image_size, image_size)}
+
+
 def device_options(precision: str) -> Callable[[F], F]:
     """--device and --precision."""
 

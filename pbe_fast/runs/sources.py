@@ -109,6 +109,12 @@ def shared_names(specs: Mapping[Path, ModelSpec]) -> tuple[str, ...] | None:
     return None if first is None else first[1]
 
 
+def sizes_of(sources: Mapping[str, Source | None]) -> dict[str, tuple[int, int]]:
+    """(H, W) of the images, by what was asked for to get them."""
+    shapes = {source.origin: source.data.image_shape for source in sources.values() if source is not None}
+    return {f"the images of {origin}": (height, width) for origin, (_, height, width) in shapes.items()}
+
+
 def require_same_kind(first: Source, second: Source | None) -> None:
     """Raises InputError for two sets whose images or numbers of classes differ."""
     if second is None:
