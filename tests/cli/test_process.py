@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import pbe_fast
+from pbe_fast.cli.shell import EXIT_CODES
 
 COMMAND = [sys.executable, "-m", "pbe_fast.cli"]
 
@@ -36,6 +37,19 @@ def test_the_installed_command() -> None:
         pytest.skip("the package is not installed in this environment")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"pbe-fast, version {pbe_fast.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pbe_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"pbe-fast, version {pbe_fast.__version__}\n"
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told = " ".join(readme[readme.index("\nExit codes: ") :].split(".")[0].split())
+    helped = re.findall(r"^  (\d+)  ", EXIT_CODES, re.MULTILINE)
+    assert re.findall(r"(?:: |, )(\d+) ", told) == helped
 
 
 def test_bad_input_in_a_process(tmp_path: Path) -> None:
