@@ -253,6 +253,7 @@ def test_export_and_verify(infected: Path, purified: Path, tmp_path: Path) -> No
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(onnx.read_bytes()[:2000])
     assert run("verify", "--onnx", damaged, "--model", purified, *sets).exit_code == 1
+    assert run("verify", "--onnx", purified / "model.safetensors", "--model", purified, *sets).exit_code == 2
     assert run("verify", "--onnx", tmp_path / "no.onnx", "--model", purified, *sets).exit_code == 2
 
 
