@@ -151,9 +151,9 @@ def _spell(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_spell, value)) or "none"
     if isinstance(value, float):
-        levels = round(value * 255)
-        # 6/255 says more than 0.023529411764705882.
-        return f"{levels}/255" if len(repr(value)) > 8 and levels / 255 == value else f"{value:.6g}"
+        # 1/3 and 6/255 say more than 0.3333333333333333 and 0.023529411764705882.
+        fractions = [f"{round(value * part)}/{part}" for part in (3, 255) if round(value * part) / part == value]
+        return fractions[0] if fractions and len(repr(value)) > 8 else f"{value:.6g}"
     return str(value)
 
 
