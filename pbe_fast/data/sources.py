@@ -112,6 +112,18 @@ def as_train_and_clean(
     return train, clean
 
 
+def require_classes(data: ImageSet) -> None:
+    """Refuse images of one class to train on: a model learns from them to answer it, whatever it sees.
+
+    Raises:
+        InputError: All labels are the same.
+    """
+    first = data.labels[0]
+    if bool((data.labels == first).all()):
+        got = f"all {len(data)} of {data.name} of the class '{data.class_names[int(first)]}'"
+        raise InputError("classes of the images to purify with", got=got, accepted="images of 2 classes or more")
+
+
 def _numbered_by(data: ImageSet, names: Sequence[str]) -> ImageSet:
     """The set with its labels moved to where ``names``, which hold all of its own, have them."""
     places = torch.tensor([names.index(name) for name in data.class_names], device=data.device)
