@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pbe_fast import config as config
+    from pbe_fast import data as data
     from pbe_fast import defenses as defenses
+    from pbe_fast import errors as errors
+    from pbe_fast import models as models
     from pbe_fast import runs as runs
     from pbe_fast.attack import train_infected
     from pbe_fast.config import PGDConfig, PurifyConfig
@@ -58,21 +63,26 @@ _HOMES = {
     "train_infected": "attack",
     "verify_onnx": "export",
 }
-# Packages that the documentation uses by name, likewise.
-_SUBPACKAGES = ("defenses", "runs")
+# Modules that are of use by name, likewise; the others are reached in the same way, and not listed.
+_SUBMODULES = ("config", "data", "defenses", "errors", "models", "runs")
 
 
 class _Package(ModuleType):
     """The package: `purify`, `poison` and `scan` are functions of it, although modules of these names exist."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _SUBPACKAGES:
-            return importlib.import_module(f"{self.__name__}.{name}")
         if name not in _HOMES:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return self._submodule(name)
         value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
         setattr(self, name, value)
         return value
+
+    def _submodule(self, name: str) -> ModuleType:
+        whole = f"{self.__name__}.{name}"
+        # Private names are asked for by all sorts of tools, and __main__ would start the command line.
+        if name.startswith("_") or importlib.util.find_spec(whole) is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(whole)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing a submodule binds it to its name here, which would hide the function of the same name.
@@ -81,7 +91,7 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__, *_SUBPACKAGES})
+        return sorted({*super().__dir__(), *__all__, *_SUBMODULES})
 
 
 sys.modules[__name__].__class__ = _Package

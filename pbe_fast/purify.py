@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pbe_fast.config import PurifyConfig
-from pbe_fast.data import as_train_and_clean
+from pbe_fast.data import as_train_and_clean, require_classes
 from pbe_fast.engine.allocator import kept_heap
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
@@ -83,6 +83,7 @@ def purify(
         check_batch(model, len(clean), "clean images")
         warn_of_missing(clean, train)
     fractions = config.fractions if clean is None else config.refining_fractions
+    require_classes(train if train is not None and fractions else data)
     if train is not None and fractions:
         check_batch(model, round(min(fractions) * len(train)), "images that the smallest fraction makes")
     run = Run(

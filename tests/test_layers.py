@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pbe_fast
 
 ROOT = Path(pbe_fast.__file__).parent
@@ -31,6 +33,7 @@ LAYERS = (
     ("reproduce",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
@@ -85,6 +88,19 @@ def test_what_the_documentation_uses_is_there_and_loads_nothing_before() -> None
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["[] nad 0.5", "True True True", "[] True"]
     assert len(pbe_fast.__all__) <= 14
+
+
+@pytest.mark.parametrize("name", ["config", "errors", "models", "data", "baselines", "scan_result"])
+def test_a_submodule_is_there_without_an_import_of_its_own(name: str) -> None:
+    code = f"import pbe_fast; print(pbe_fast.{name}.__name__, pbe_fast.{name} is __import__('pbe_fast.{name}').{name})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == f"pbe_fast.{name} True\n"
+
+
+@pytest.mark.parametrize("name", ["nothing", "_private", "__main__", "__wrapped__"])
+def test_what_is_no_submodule_is_no_attribute(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module 'pbe_fast' has no attribute '{name}'"):
+        getattr(pbe_fast, name)
 
 
 def test_importing_the_package_loads_no_triton_and_touches_no_cuda() -> None:

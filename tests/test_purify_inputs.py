@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pbe_fast.attack import train_infected
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
+from pbe_fast.defenses import fine_tune
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.purify import purify
@@ -67,6 +69,24 @@ def test_clean_labels_that_the_training_set_does_not_have(model: nn.Module, data
         run(model, data, (torch.zeros(2, *SHAPE, dtype=torch.uint8), torch.tensor([0, 4])))
 
 
+def test_images_of_one_class_are_none_to_purify_with(model: nn.Module, data: ImageSet) -> None:
+    ones = data.select(data.labels == 2, name="ones")
+    message = "classes of the images to purify with; got all 40 of ones of the class 'c'; accepted: images of 2 classes"
+    one_logit = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    cases: list[Callable[[], Any]] = [
+        lambda: run(model, ones),
+        lambda: run(model, clean=ones),
+        lambda: run(model, data, ones, refining_fractions=()),
+        lambda: fine_tune(model, ones, train_data=data),
+        lambda: run(one_logit, dataclasses.replace(ones, labels=ones.labels * 0, class_names=("c",))),
+    ]
+    for case in cases:
+        with pytest.raises(InputError, match=message):
+            case()
+    # The rounds on the training set have the other classes.
+    assert len(run(model, data, ones, refining_fractions=(0.5,)).history) == 2
+
+
 @pytest.mark.parametrize(
     ("unusable", "text"),
     [
@@ -107,7 +127,8 @@ def test_one_image_is_too_few_for_batch_normalisation(model: nn.Module, data: Im
     with pytest.raises(InputError, match="images that the smallest fraction makes; got 1; accepted: 2 or more"):
         run(model, data, fractions=(0.3, 0.005))
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    assert run(plain, None, data.select(torch.arange(1))).history[0]["extra_set_size"] == 1
+    further = {"refining_fractions": (0.5,)}  # on images of the other classes
+    assert run(plain, data, data.select(torch.arange(1)), **further).history[0]["extra_set_size"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The command line: arguments and printing.
 
-What starts it (`pbe_fast.cli.__main__`) listens for Ctrl-C before anything else is imported, so nothing is imported
-here.
+What starts it (`pbe_fast.cli.__main__`) listens for Ctrl-C and SIGTERM before anything else is imported, so nothing is
+imported here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pbe_fast.cli.commands import main
 
-__all__ = ["EXIT_INTERRUPT", "INTERRUPTED", "main"]
+__all__ = ["INTERRUPTED", "main"]
 
-EXIT_INTERRUPT = 130
 INTERRUPTED = "interrupted: nothing half-written was left"
 
 

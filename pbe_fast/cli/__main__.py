@@ -1,10 +1,10 @@
-"""The process: its exit code is 130 after a Ctrl-C, whenever it came and whoever caught it."""
+"""The process: its exit code is 130 after a Ctrl-C and 143 after a SIGTERM, whenever it came and whoever caught it."""
 
 from __future__ import annotations
 
 import sys
 
-from pbe_fast.cli import EXIT_INTERRUPT, INTERRUPTED
+from pbe_fast.cli import INTERRUPTED
 from pbe_fast.engine import interrupts
 
 
@@ -22,10 +22,10 @@ def start() -> None:
         if not interrupts.pressed():
             raise
     interrupts.close_ears()
-    if interrupts.pressed() and code != EXIT_INTERRUPT:
+    if interrupts.pressed() and code != interrupts.exit_code():
         # Before or after the command itself, which says so where it is interrupted.
         print(INTERRUPTED, file=sys.stderr)
-        code = EXIT_INTERRUPT
+        code = interrupts.exit_code()
     sys.exit(code)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from pbe_fast.cli.options import (
     model_options,
     option,
     path_option,
+    size_given,
 )
 from pbe_fast.cli.shell import Command, Console
 from pbe_fast.engine import interrupts
@@ -63,13 +64,16 @@ def evaluate(
     interrupts.check()
     dtype = resolve_precision(resolve_device(device), precision)
     loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in models}
-    names = runs.shared_names({path: spec for path, (_, spec) in loaded.items()})
+    specs = {path: spec for path, (_, spec) in loaded.items()}
+    runs.require_size(specs, size_given(image_size))
+    names = runs.shared_names(specs)
     named = runs.name_models(models)
     sources = {
         name: runs.Source.read(origin, image_size=image_size, class_names=names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))
         if origin is not None
     }
+    runs.require_size(specs, runs.sizes_of(sources))
     runs.require_true_labels(sources.get("triggered"))
     sets = {name: source.data for name, source in sources.items()}
     metrics = {

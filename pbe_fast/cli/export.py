@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pbe_fast.cli.options import (
     model_options,
     option,
     path_option,
+    size_given,
 )
 from pbe_fast.cli.shell import Command, Console, open_file
 from pbe_fast.engine import interrupts
@@ -65,8 +67,10 @@ def export(
     from pbe_fast.export import export_onnx
 
     interrupts.check()
-    size = None if image_size is None else (image_size, image_size)
-    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std, image_size=size)
+    network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    runs.require_size({model: spec}, size_given(image_size))
+    if spec.image_size is None and image_size is not None:
+        spec = dataclasses.replace(spec, image_size=(image_size, image_size))
     if spec.image_size is None:
         raise InputError(f"image size of {model}", got="none in a config.json", accepted="--image-size PIXELS")
     console.note(f"exporting {spec.arch} for images {spec.image_shape}")

@@ -151,9 +151,9 @@ def _spell(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_spell, value)) or "none"
     if isinstance(value, float):
-        levels = round(value * 255)
-        # 6/255 says more than 0.023529411764705882.
-        return f"{levels}/255" if len(repr(value)) > 8 and levels / 255 == value else f"{value:.6g}"
+        # 1/3 and 6/255 say more than 0.3333333333333333 and 0.023529411764705882.
+        fractions = [f"{round(value * part)}/{part}" for part in (3, 255) if round(value * part) / part == value]
+        return fractions[0] if fractions and len(repr(value)) > 8 else f"{value:.6g}"
     return str(value)
 
 
@@ -198,6 +198,11 @@ def image_size_option(function: F) -> F:
         metavar="PIXELS",
         help="resize all images that are read to this height and width",
     )(function)
+
+
+def size_given(image_size: int | None) -> dict[str, tuple[int, int]]:
+    """--image-size as `pbe_fast.runs.require_size` takes it; nothing where it was not given."""
+    return {} if image_size is None else {"the images (--image-size)": (image_size, image_size)}
 
 
 def device_options(precision: str) -> Callable[[F], F]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from pbe_fast.cli.options import (
     option,
     path_option,
     seed_option,
+    size_given,
 )
 from pbe_fast.cli.shell import Command, Console, open_output
 from pbe_fast.cli.texts import findings_text, ranking_text
@@ -45,7 +45,7 @@ pbe-fast purify --model net.pt --arch mymodels:make_net --train images/ --out pu
 
 @click.command(cls=Command, short_help="erase the backdoor, rank the training images", example=_EXAMPLE)
 @path_option(
-    "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth"
+    "--model", section=INPUT, required=True, help="folder that attack wrote, or weights: .safetensors, .pt, .pth, .ckpt"
 )
 @option("--train", section=INPUT, help=f"what it was trained on: {DATA_HELP}  [default: train.npz in MODEL, if there]")
 @option("--clean", section=INPUT, help="trusted images, likewise: the first round is on them")
@@ -145,6 +145,7 @@ def purify(
     clock = runs.Clock()
     resolve_device(device)
     infected, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    runs.require_size({model: spec}, size_given(image_size))
     with clock.phase("reading"):
         sources = runs.purification_sets(
             model,
@@ -159,12 +160,10 @@ def purify(
             progress=console.progress,
         )
     sets = {name: source.data for name, source in sources.items() if source is not None}
-    if spec.class_names is None:
-        # What the next command is to number its images by.
-        names = sets["train" if "train" in sets else "clean"].class_names
-        spec = dataclasses.replace(spec, class_names=names if len(names) <= spec.num_classes else None)
+    runs.require_size({model: spec}, runs.sizes_of(sources))
     for data in sets.values():
         check_model(infected, data.image_shape, data.num_classes)
+    spec = runs.spec_for(spec, infected, sets["train" if "train" in sets else "clean"])
     console.note(_plan(sets, config, METHOD_NAMES[method]))
     run: dict[str, Any] = {
         "config": config,

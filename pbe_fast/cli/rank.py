@@ -15,6 +15,7 @@ from pbe_fast.cli.options import (
     model_options,
     option,
     path_option,
+    size_given,
 )
 from pbe_fast.cli.shell import Command, Console, open_file
 from pbe_fast.cli.texts import ranking_text
@@ -63,8 +64,11 @@ def rank(
 
     interrupts.check()
     opened = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in (infected, purified)}
-    names = runs.shared_names({path: spec for path, (_, spec) in opened.items()})
+    specs = {path: spec for path, (_, spec) in opened.items()}
+    runs.require_size(specs, size_given(image_size))
+    names = runs.shared_names(specs)
     source = runs.Source.read(data, image_size=image_size, class_names=names, progress=console.progress)
+    runs.require_size(specs, runs.sizes_of({"data": source}))
     ranking = runs.rank_with(
         opened[infected][0],
         opened[purified][0],

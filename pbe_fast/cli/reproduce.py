@@ -112,7 +112,9 @@ def reproduce(
         defenses=defenses or None,
     )
     if weights is not None and not weights.is_file():
-        raise InputError("--weights", got=f"{weights}, which is no file", accepted="a .safetensors, .pt or .pth file")
+        raise InputError(
+            "--weights", got=f"{weights}, which is no file", accepted="a .safetensors, .pt, .pth or .ckpt file"
+        )
     if data is not None and not data.is_dir():
         raise InputError("--data", got=f"{data}, which is no folder", accepted="the folder with the images")
 

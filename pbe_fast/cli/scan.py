@@ -19,6 +19,7 @@ from pbe_fast.cli.options import (
     option,
     path_option,
     seed_option,
+    size_given,
     with_values,
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console, open_output
@@ -80,7 +81,9 @@ def scan(
     interrupts.check()
     resolve_device(device)
     network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    runs.require_size({model: spec}, size_given(image_size))
     source = runs.Source.read(data, image_size=image_size, class_names=spec.class_names, progress=console.progress)
+    runs.require_size({model: spec}, runs.sizes_of({"data": source}))
     console.note(f"attacking up to {config.images:,} of {len(source.data):,} images of {source.data.name}")
     found = pbe_fast.scan(
         network,

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pbe_fast.cli import EXIT_INTERRUPT, INTERRUPTED
+from pbe_fast.cli import INTERRUPTED
 from pbe_fast.engine import interrupts
 from pbe_fast.errors import OutputError, PBEError, PBEWarning, VerificationError
 
@@ -26,6 +26,7 @@ Exit codes:
   2    wrong usage or bad input: one line on stderr says what was got and what is accepted
   3    an error inside pbe-fast, with its traceback
   130  interrupted with Ctrl-C; every file under its final name is whole
+  143  ended by SIGTERM, likewise
 """
 
 _OUT_FOLDER = "pbe_fast.out"
@@ -77,9 +78,9 @@ class Group(click.Group):
             interrupts.check()
             return result
         except BaseException as error:
-            # Caught on its way, a Ctrl-C leaves errors of another kind, or none.
+            # Caught on its way, a signal leaves errors of another kind, or none.
             if isinstance(error, KeyboardInterrupt) or interrupts.pressed():
-                self._end(ctx, EXIT_INTERRUPT, INTERRUPTED)
+                self._end(ctx, interrupts.exit_code(), INTERRUPTED)
             raise
 
     def _invoke(self, ctx: click.Context) -> Any:

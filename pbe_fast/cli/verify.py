@@ -15,6 +15,7 @@ from pbe_fast.cli.options import (
     number,
     option,
     path_option,
+    size_given,
 )
 from pbe_fast.cli.shell import EXIT_CHECK, Command, Console
 from pbe_fast.cli.texts import onnx_text
@@ -72,6 +73,7 @@ def verify(
 
     interrupts.check()
     network, spec = runs.open_model(model, arch=arch, width=width, mean=mean, std=std)
+    runs.require_size({model: spec}, size_given(image_size))
     sources = {
         name: runs.Source.read(origin, image_size=image_size, class_names=spec.class_names, progress=console.progress)
         for name, origin in (("test", test), ("triggered", triggered))

@@ -143,7 +143,8 @@ class _Store(Generic[T]):
                 raise InputError(
                     "images of different sizes",
                     got=f"{_size(self._size)} at {self._where(0)} and {_size(pixels.shape[1:])} at {self._where(i)}",
-                    accepted="images of one size, or size=(height, width) to resize them all (--image-size PIXELS)",
+                    accepted="images of one size, or pbe_fast.as_image_set(data, size=(height, width)), which resizes "
+                    "them all (--image-size PIXELS)",
                 )
             self._images[i] = pixels
             self._grey[i] = pixels.shape[0] == 1

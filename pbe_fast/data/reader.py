@@ -52,11 +52,12 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Reader:
-    """One accepted form of data: how to describe it, recognise it and read it."""
+    """One accepted form of data: how to describe it, recognise it and read it, and whether a string can name it."""
 
     form: str
     accepts: Callable[[Any], bool]
     read: Callable[[Any, ReadOptions], ImageSet]
+    named: bool = True
 
 
 def as_path(source: object) -> Path | None:
@@ -72,7 +73,8 @@ def resolve_class_names(
     Args:
         labels: (N,) int64.
         known: The names that the source itself carries, if any.
-        options: What the caller asked for; it goes before what the source carries.
+        options: What the caller asked for; it goes before what the source carries. Of names that the source lacks some
+            of, in other places than its own, `as_image_set` moves the labels afterwards.
         where: Says where item i came from, for the message.
 
     Returns:
@@ -84,11 +86,13 @@ def resolve_class_names(
     """
     if labels.numel() == 0:
         raise InputError("empty image set", got="no labels", accepted="at least one image")
-    given = options.class_names
+    given, count = options.class_names, options.num_classes
+    if given and known and lacks_classes(known, given):
+        given = count = None
     if given and known:
         _check_same_order(known, given)
     names = tuple(given or known or ())
-    count = options.num_classes or len(names) or max(min(int(labels.max()) + 1, MAX_INFERRED_CLASSES), 1)
+    count = count or len(names) or max(min(int(labels.max()) + 1, MAX_INFERRED_CLASSES), 1)
     wrong = ((labels < 0) | (labels >= count)).nonzero()
     if len(wrong):
         first = int(wrong[0])
@@ -100,15 +104,29 @@ def resolve_class_names(
     return names[:count] + tuple(str(k) for k in range(len(names), count))
 
 
+def lacks_classes(known: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a set has some of the classes ``names``, numbered without the others, so that its labels must move.
+
+    Names that are mere numbers tell nothing: those are what a set without names has.
+    """
+    in_place = tuple(known) == tuple(names[: len(known)])
+    return set(known) < set(names) and len(set(known)) == len(known) and not in_place and not are_numbers(known)
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether these are what a set without class names has."""
+    return all(name == str(k) for k, name in enumerate(names))
+
+
 def _check_same_order(known: Sequence[str], given: Sequence[str]) -> None:
     # The labels are numbers already: the same names in another order would silently swap the classes.
     place = {name: k for k, name in enumerate(given)}
     for k, name in enumerate(known):
         if place.get(name, k) != k:
             raise InputError(
-                "class_names in another order than the data's own",
+                "class names in another order than those of the data",
                 got=f"'{name}' as class {place[name]}, where the data has it as class {k}",
-                accepted="the data's own order, or names that the data does not use",
+                accepted="one order for all sets and the model, or names that the data does not use",
             )
 
 

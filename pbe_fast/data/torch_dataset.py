@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from pbe_fast.data.image_set import ImageSet
 from pbe_fast.data.reader import ReadOptions, resolve_class_names
 from pbe_fast.errors import InputError
 
+# Of items that are dictionaries, as Hugging Face's datasets have them, in order of preference.
+IMAGE_KEYS = ("image", "img", "pixel_values")
+LABEL_KEYS = ("label", "labels", "fine_label", "target")
 ITEMS = "(image, label) pairs: a PIL image, or a tensor or array (C, H, W), float in [0, 1] or uint8; a whole number"
 
 
@@ -32,7 +35,7 @@ def read(source: Any, options: ReadOptions, *, parallel: bool = False, known: Se
     the dataset, or of the one that it is a `Subset` of.
 
     Args:
-        source: The dataset; items as in `ITEMS`.
+        source: The dataset; items as in `ITEMS`, or dictionaries with one of `IMAGE_KEYS` and one of `LABEL_KEYS`.
         options: See `ReadOptions`.
         parallel: Whether the dataset may be read in several threads at once. Of a user's dataset nobody knows.
         known: Class names to use where the dataset has none.
@@ -70,10 +73,7 @@ def _item(source: Any, i: int) -> tuple[Any, int]:
             got=f"{type(error).__name__}: {error}",
             accepted=f"a dataset whose items are {ITEMS}",
         ) from error
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        size = f" of {len(item)}" if isinstance(item, (tuple, list, dict)) else ""
-        raise InputError(f"item {i} of the dataset", got=f"{type(item).__name__}{size}", accepted=ITEMS)
-    image, label = item
+    image, label = _pair(item, i)
     try:
         number = operator.index(label)
     except TypeError as error:
@@ -81,6 +81,25 @@ def _item(source: Any, i: int) -> tuple[Any, int]:
     if abs(number) > torch.iinfo(torch.int64).max:
         raise InputError(f"label of item {i}", got=number, accepted="int64")
     return image, number
+
+
+def _pair(item: Any, i: int) -> tuple[Any, Any]:
+    """The image and the label of a pair, or of a dictionary that has them under the usual names."""
+    what = f"item {i} of the dataset"
+    if isinstance(item, Mapping):
+        found = [[item[key] for key in keys if key in item] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        if not all(found):
+            got = f"{type(item).__name__} with the keys {', '.join(map(str, item))}"
+            accepted = (
+                f"{ITEMS}; or a dictionary with one of {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}"
+            )
+            raise InputError(what, got=got, accepted=accepted)
+        return found[0][0], found[1][0]
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+    hint = "; of more, a dataset around yours can give the first two" if size and len(item) > 2 else ""
+    raise InputError(what, got=f"{type(item).__name__}{size}", accepted=f"{ITEMS}{hint}")
 
 
 def _pixels(image: Any, i: int, size: tuple[int, int] | None) -> Pixels:

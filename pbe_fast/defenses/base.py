@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pbe_fast.baselines import BASELINES, BaselineConfig
 from pbe_fast.config import FineTuneConfig
-from pbe_fast.data import ImageSet, as_train_and_clean, split
+from pbe_fast.data import ImageSet, as_train_and_clean, require_classes, split
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
@@ -179,6 +179,7 @@ class Defense(ABC, Generic[C]):
         check_model(model, clean.image_shape, clean.num_classes)
         check_trainable(model)
         check_batch(model, len(clean), "clean images")
+        require_classes(clean)
         work = Work(model, clean.to(where), seed=seed, device=where, precision=precision, progress=progress)
         with seeded(seed, where):
             self.run(work, config)

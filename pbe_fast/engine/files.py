@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes ``path`` when the block ends well.
 
     The data are on the disk before the name is (fsync, then rename), so that a reader finds the old file or the whole
-    new one. When the block raises, KeyboardInterrupt included, the temporary file goes and ``path`` is as it was.
+    new one, whose mode is that of any new file there. When the block raises, KeyboardInterrupt included, the temporary
+    file goes and ``path`` is as it was.
 
     Args:
         path: The final name. Missing parent folders are made.
@@ -43,11 +45,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"cannot write {path}: got a folder; accepted: the name of a file")
-    _require_writable(path.parent)
+    mode = _require_writable(path.parent)
     # The suffix stays at the end: numpy and matplotlib choose the format by it, or append their own.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
+        # Some writers, safetensors among them, make files that only their owner may read.
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
     except FileNotFoundError as error:
@@ -118,12 +122,14 @@ def prepare_output(folder: str | os.PathLike[str], *, force: bool) -> Path:
     return folder
 
 
-def _require_writable(folder: Path) -> None:
+def _require_writable(folder: Path) -> int:
+    """Makes the folder if need be; returns the mode that a new file in it gets (which the umask decides)."""
     # Tried rather than asked: os.access answers yes to root and on read-only mounts alike.
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
     except OSError as error:
         raise OutputError(
             f"cannot write in {folder}: got {error.strerror or error}; accepted: a folder that can be written to"

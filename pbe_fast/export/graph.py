@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pbe_fast.errors import BackendUnavailableError, VerificationError
+from pbe_fast.errors import BackendUnavailableError, InputError, VerificationError
 
 INPUT = "images"
 OUTPUT = "logits"
 # Both spell the standard operator set; anything else needs a runtime that knows the operators.
 STANDARD_DOMAINS = ("", "ai.onnx")
+# In protobuf's encoding: field 1, a whole number.
+_FIRST_FIELD = b"\x08"
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,14 @@ def read_graph(data: bytes, name: str) -> Graph:
         Its interface.
 
     Raises:
-        VerificationError: Not ONNX, cut short, weights in another file, an operator outside the standard set, or
+        InputError: A file of another kind.
+        VerificationError: Cut short, weights in another file, an operator outside the standard set, or
             another interface than ``images`` (batch, C, H, W) to ``logits`` (batch, K) with a dynamic batch.
     """
     onnx = require("onnx")
+    # An ONNX file begins with its ir_version; of an empty one nobody can tell.
+    if data and not data.startswith(_FIRST_FIELD):
+        raise InputError(f"ONNX file {name}", got="a file of another kind", accepted="a file that export_onnx wrote")
     try:
         proto = onnx.load_model_from_string(data)
     except Exception as error:

@@ -110,8 +110,8 @@ def verify_onnx(
         The figures; differences make ``ok`` false rather than raise.
 
     Raises:
-        InputError: No such file, or images that do not fit the model.
-        VerificationError: A file that is cut short, is not ONNX, or has another interface than the images and model.
+        InputError: No such file, one that is not ONNX, or images that do not fit the model.
+        VerificationError: A file that is cut short, or has another interface than the images and model.
         BackendUnavailableError: onnxruntime is missing, or a provider asked for by name does not work here.
     """
     path = Path(path)

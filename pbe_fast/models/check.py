@@ -64,7 +64,8 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
     if logits.shape[1] > num_classes:
         warnings.warn(
             f"the data has {num_classes} classes and the model {logits.shape[1]} logits: those beyond the classes "
-            "count as wrong answers; if the data only lacks some classes, class_names says which label is which",
+            "count as wrong answers; of data that lacks some classes, pbe_fast.as_image_set(data, class_names=[...]) "
+            "says which label is which",
             PBEWarning,
             # The caller of purify and its like, which are decorated.
             stacklevel=4,

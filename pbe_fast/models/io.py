@@ -23,7 +23,7 @@ from pbe_fast.models.registry import (
     build_from_spec,
     is_user_code,
 )
-from pbe_fast.models.weights import read_weights, strip_prefixes
+from pbe_fast.models.weights import is_normalized, read_weights, strip_prefixes, without_prefix
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -82,23 +82,26 @@ def load_model(
     """A model from a folder that `save_model` wrote, or from a weights file. Nothing in the file is ever executed.
 
     Args:
-        path: A folder with ``config.json`` and ``model.safetensors``; or a ``.safetensors``, ``.pt`` or ``.pth`` file,
-            beside which a ``config.json`` of ours is read if there is one.
+        path: A folder with ``config.json`` and ``model.safetensors``; or a ``.safetensors``, ``.pt``, ``.pth`` or
+            ``.ckpt`` file, beside which a ``config.json`` of ours is read if there is one. A prefix that all its keys
+            share, as Lightning's ``model.``, is taken off where the network's own keys are left.
         arch: As for `build_model`; needed without a config, or where the config names the user's own code, which a
             file alone cannot make us import.
         num_classes: Like the rest, for weights without a config, or to overrule it. By default the length of the
-            last layer in the file.
+            last layer in the file: linear, or a convolution in a network without any.
         in_channels: Default: as the first convolution in the file takes.
         image_size: (H, W) in pixels. Default: not known.
         width: Default: as the first convolution in the file has, for our own networks.
-        mean: Per-channel mean for networks trained on normalised images; default: as the file has, or none.
+        mean: Per-channel mean for networks trained on normalised images; default: as the file or the config has, or
+            none. What is there cannot be overruled: it is part of the model.
         std: Per-channel standard deviation, as ``mean``.
 
     Returns:
         The model on the CPU, in eval mode, and its spec.
 
     Raises:
-        InputError: Not there, damaged, or weights that do not fit the network, naming keys and shapes.
+        InputError: Not there, damaged, weights that do not fit the network, naming keys and shapes, or a mean or std
+            other than the model has.
         UnsafeFileError: A pickle with code in it, or a config that names the user's own code while ``arch`` does not.
     """
     if (mean is None) != (std is None):
@@ -119,8 +122,10 @@ def load_model(
     given = {name: value for name, value in given.items() if value is not None}
     spec = _read_spec(folder / CONFIG_NAME)
     if spec is None:
-        spec = _infer_spec(state, given, weights)
+        state, spec = _infer_spec(state, given, weights)
     else:
+        if spec.mean is not None and spec.std is not None:
+            _require_same_normalisation(given, spec.mean, spec.std, folder / CONFIG_NAME)
         if arch is None and is_user_code(spec.arch):
             raise UnsafeFileError(
                 f"{folder / CONFIG_NAME} names code to import; got arch '{spec.arch}'; "
@@ -131,7 +136,7 @@ def load_model(
             spec = dataclasses.replace(spec, class_names=None)
         spec = dataclasses.replace(spec, **given)
     model = _build(spec)
-    state = _fit_normalisation(state, spec)
+    state = _fit_normalisation(without_prefix(state, _bare_names(model, spec)), spec)
     _require_match(state, model, str(weights))
     model.load_state_dict(state)
     return model.eval(), spec
@@ -152,32 +157,62 @@ def _read_spec(path: Path) -> ModelSpec | None:
     return ModelSpec.from_dict(config["model"])
 
 
-def _infer_spec(state: Mapping[str, Tensor], given: Mapping[str, Any], path: Path) -> ModelSpec:
-    """What the weights themselves say, overruled by what was given."""
+def _infer_spec(state: dict[str, Tensor], given: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], ModelSpec]:
+    """What the weights themselves say, overruled by what was given; and they without a prefix of other programs."""
     if "arch" not in given:
         raise InputError(f"no {CONFIG_NAME} of ours beside {path}", got="no arch", accepted=ACCEPTED_ARCHS)
     arch = given["arch"]
-    found: dict[str, Any] = {}
-    # The user's own function may well return a wrapper with these very names.
-    if _is_normalized(state) and not is_user_code(arch):
-        found = {name: tuple(state[name].flatten().tolist()) for name in ("mean", "std")}
-        state = {key.removeprefix("net."): value for key, value in state.items()}
     # safetensors keeps no order, so which key is the first convolution's is asked of a network of this kind.
     probe = _build(ModelSpec(arch, given.get("num_classes", 2), given.get("in_channels", 3)))
-    for name, module in probe.named_modules():
+    state = without_prefix(state, set(probe.state_dict()))
+    found: dict[str, Any] = {}
+    bare: Mapping[str, Tensor] = state
+    # The user's own function may well return a wrapper with these very names.
+    if is_normalized(state) and not is_user_code(arch):
+        found = {name: tuple(state[name].flatten().tolist()) for name in ("mean", "std")}
+        _require_same_normalisation(given, found["mean"], found["std"], path)
+        bare = {key.removeprefix("net."): value for key, value in state.items() if key not in found}
+    values = {"in_channels": 3, **found, **_sizes(bare, probe, arch), **given}
+    if "num_classes" not in values:
+        if bare.keys() != probe.state_dict().keys():
+            _require_match(bare, probe, str(path))
+        accepted = "a network with a linear or convolutional layer, or num_classes for load_model"
+        raise InputError(f"number of classes of {path}", got="neither such layer in it", accepted=accepted)
+    return state, ModelSpec(**values)
+
+
+def _sizes(state: Mapping[str, Tensor], probe: nn.Module, arch: str) -> dict[str, int]:
+    """Classes, channels and width as the weights have them in the layers of ``probe``, as far as they are there."""
+    found: dict[str, int] = {}
+    layers = [(name, m) for name, m in probe.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    last = nn.Linear if any(isinstance(module, nn.Linear) for _, module in layers) else nn.Conv2d
+    for name, module in layers:
         weight = state.get(f"{name}.weight")
-        if not isinstance(module, nn.Linear | nn.Conv2d) or weight is None or weight.ndim != module.weight.ndim:
+        if weight is None or weight.ndim != module.weight.ndim:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, last):
             found["num_classes"] = weight.shape[0]
-        elif "in_channels" not in found:
+        if isinstance(module, nn.Conv2d) and "in_channels" not in found:
             found["in_channels"] = weight.shape[1] * module.groups
             if arch in OWN_ARCHS:
                 found["width"] = weight.shape[0]
-    values = {"in_channels": 3, **found, **given}
-    if "num_classes" not in values:
-        raise InputError(f"number of classes of {path}", got="no linear layer in it", accepted="num_classes, given")
-    return ModelSpec(**values)
+    return found
+
+
+def _require_same_normalisation(
+    given: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], where: Path
+) -> None:
+    """Refuse a normalisation beside the one that the model has."""
+    for name, has in (("mean", mean), ("std", std)):
+        asked = list(given.get(name, has))
+        same = len(asked) == len(has) and all(abs(a - b) <= 1e-6 for a, b in zip(asked, has, strict=True))
+        if not same:
+            accepted = f"{_numbers(has)}, as {where} has: it is part of the model, so leave it out"
+            raise InputError(f"{name} of the normalised images (--{name})", got=_numbers(asked), accepted=accepted)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
 
 
 def _build(spec: ModelSpec) -> nn.Module:
@@ -186,15 +221,17 @@ def _build(spec: ModelSpec) -> nn.Module:
         return build_from_spec(spec)
 
 
-def _is_normalized(state: Mapping[str, Tensor]) -> bool:
-    return {"mean", "std"} < state.keys() and any(key.startswith("net.") for key in state)
+def _bare_names(model: nn.Module, spec: ModelSpec) -> set[str]:
+    """The keys of a model without those of a `Normalized` around it."""
+    names = set(model.state_dict())
+    return names if spec.mean is None else {name.removeprefix("net.") for name in names - {"mean", "std"}}
 
 
 def _fit_normalisation(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """Weights of a bare network put where a `Normalized` has them; the spec's mean and std take precedence."""
     if spec.mean is None or spec.std is None:
         return dict(state)
-    if _is_normalized(state):
+    if is_normalized(state):
         inner = {key: value for key, value in state.items() if key not in ("mean", "std")}
     else:
         inner = {f"net.{key}": value for key, value in state.items()}
@@ -218,7 +255,7 @@ def _require_match(state: Mapping[str, Tensor], model: nn.Module, what: str) -> 
         raise InputError(
             f"weights do not fit the network: {what}",
             got="; ".join(problems),
-            accepted=f"the {len(wanted)} tensors of {type(model).__name__}",
+            accepted=f"the {len(wanted)} tensors of {type(model).__name__} ({_first(list(wanted))})",
         )
 
 

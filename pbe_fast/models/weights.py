@@ -9,7 +9,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pbe_fast.errors import InputError, UnsafeFileError
 
-ACCEPTED_FILES = "a .safetensors file, or a .pt or .pth file that holds a state_dict of tensors"
+ACCEPTED_FILES = "a .safetensors file, or a .pt, .pth or .ckpt file that holds a state_dict of tensors"
 # Under these names training scripts put the state_dict beside optimiser states and counters; "netC" is WaNet's.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "netC")
 # DataParallel's and torch.compile's.
@@ -37,8 +37,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict in a file, on the CPU, without the wrappers that training scripts put around it.
 
     Args:
-        path: ``.safetensors``, or ``.pt`` / ``.pth``: a state_dict, or a dictionary that has one under ``state_dict``
-            or ``model``. Key prefixes of DataParallel and torch.compile are taken off.
+        path: ``.safetensors``, or ``.pt`` / ``.pth`` / ``.ckpt``: a state_dict, or a dictionary that has one under
+            ``state_dict`` or ``model``. Key prefixes of DataParallel and torch.compile are taken off.
 
     Raises:
         InputError: Not there, damaged, of another kind, or without a state_dict of tensors.
@@ -52,7 +52,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"weights file {path} cannot be read", got=error, accepted=ACCEPTED_FILES) from error
-    elif path.suffix in (".pt", ".pth"):
+    elif path.suffix in (".pt", ".pth", ".ckpt"):
         state = _find_state_dict(_load_pickle(path), path)
     else:
         raise InputError("kind of weights file", got=path, accepted=ACCEPTED_FILES)
@@ -66,6 +66,30 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def without_prefix(state: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
+    """The state_dict without a prefix that all its keys share, such as Lightning's ``model.``.
+
+    Args:
+        state: Weights by name, maybe those of a `Normalized`.
+        names: The network's own keys, without such a wrapper. Where they are not what is left, nothing is taken off.
+    """
+    shorter = state
+    while shorter:
+        inner = {key.removeprefix("net.") for key in shorter if key not in ("mean", "std")}
+        if names == shorter.keys() or (is_normalized(shorter) and names == inner):
+            return shorter
+        first, dot, _ = next(iter(shorter)).partition(".")
+        if not dot or not all(key.startswith(first + dot) for key in shorter):
+            break
+        shorter = {key.removeprefix(first + dot): value for key, value in shorter.items()}
+    return state
+
+
+def is_normalized(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of a `Normalized` with a network in it."""
+    return {"mean", "std"} < state.keys() and any(key.startswith("net.") for key in state)
 
 
 def _load_pickle(path: Path) -> Any:
@@ -137,6 +161,10 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     for candidate in candidates:
         if isinstance(candidate, Mapping) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
             return {str(key): value.detach() for key, value in candidate.items()}
+    for candidate in reversed(candidates):
+        if isinstance(candidate, Mapping) and any(isinstance(v, Tensor) for v in candidate.values()):
+            name, kind = next((k, type(v).__name__) for k, v in candidate.items() if not isinstance(v, Tensor))
+            raise InputError(f"'{name}' in the state_dict of {path}", got=kind, accepted="tensors only")
     got = type(content).__name__
     if isinstance(content, Mapping):
         got += f" of {', '.join(map(str, list(content)[:6])) or 'nothing'}"

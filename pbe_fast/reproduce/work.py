@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from pbe_fast.engine import interrupts
 from pbe_fast.engine.progress import progress
 from pbe_fast.errors import PBEError
 from pbe_fast.finetune import DivergedError
@@ -86,16 +88,27 @@ def make_cells(
         watch = _Watch(bar, cells, store, jobs)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             running = {pool.submit(_work, list(cells), shared) for _ in range(jobs)}
-            while running:
-                done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    failed |= future.result()
-                watch.tick()
+            try:
+                while running:
+                    done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        failed |= future.result()
+                    watch.tick()
+            except KeyboardInterrupt:
+                _pass_on()
+                raise
     # What one process could not do, another may have.
     failed = {cell.name: failed[cell.name] for cell in cells if cell.name in failed and not store.done(cell)}
     for name, why in failed.items():
         note(f"failed: {name}: {why}")
     return failed
+
+
+def _pass_on() -> None:
+    """A Ctrl-C reaches the workers as well, a SIGTERM this process alone, which would wait for all of their cells."""
+    for worker in active_children():
+        if worker.pid is not None and interrupts.pressed(signal.SIGTERM):
+            os.kill(worker.pid, signal.SIGINT)
 
 
 def _work(

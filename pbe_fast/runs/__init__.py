@@ -11,7 +11,16 @@ from pbe_fast.runs.folder import (
     provenance,
     save_infected,
 )
-from pbe_fast.runs.networks import measure, measure_cover, name_models, new_model, open_model, rank_with
+from pbe_fast.runs.networks import (
+    measure,
+    measure_cover,
+    name_models,
+    new_model,
+    open_model,
+    rank_with,
+    require_size,
+    spec_for,
+)
 from pbe_fast.runs.sources import (
     Source,
     purification_sets,
@@ -19,6 +28,7 @@ from pbe_fast.runs.sources import (
     require_true_labels,
     reserve,
     shared_names,
+    sizes_of,
 )
 from pbe_fast.runs.triggers import load_trigger, save_trigger_weights
 
@@ -39,9 +49,12 @@ __all__ = [
     "purification_sets",
     "rank_with",
     "require_same_kind",
+    "require_size",
     "require_true_labels",
     "reserve",
     "save_infected",
     "save_trigger_weights",
     "shared_names",
+    "sizes_of",
+    "spec_for",
 ]

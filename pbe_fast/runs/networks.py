@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pbe_fast.attack import InfectedModel
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.errors import InputError
 from pbe_fast.metrics import Metrics, evaluate
 from pbe_fast.models import ModelSpec, build_from_spec, check_model, load_model
 from pbe_fast.models.io import CONFIG_NAME
@@ -60,6 +61,53 @@ def channel_statistics(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, 
 def open_model(path: Path, **given: Any) -> tuple[nn.Module, ModelSpec]:
     """`load_model`, with values that are None left out."""
     return load_model(path, **{name: value for name, value in given.items() if value is not None})
+
+
+def require_size(specs: Mapping[Path, ModelSpec], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises InputError for images of another size than a model is recorded to take.
+
+    Most networks take any size, and are wrong about all but their own.
+
+    Args:
+        specs: Of the models, by their paths.
+        sizes: (H, W) in pixels by what has it: "--image-size", or a set of images.
+    """
+    for path, spec in specs.items():
+        for what, size in sizes.items():
+            if spec.image_size is not None and size != spec.image_size:
+                height, width = spec.image_size
+                hint = f"; --image-size {height} resizes" if height == width else ""
+                accepted = f"{height}x{width}, as the {CONFIG_NAME} of {path} says{hint}"
+                raise InputError(f"size of {what}", got=f"{size[0]}x{size[1]}", accepted=accepted)
+
+
+def spec_for(spec: ModelSpec, model: nn.Module, data: ImageSet) -> ModelSpec:
+    """The spec with all that is known of the images, so that the next command need not be told.
+
+    Args:
+        spec: As it was read or inferred: of bare weights neither image size nor class names are known.
+        model: What it describes; it has been tried on images like these.
+        data: What it is purified with.
+    """
+    names = data.class_names if len(data.class_names) <= spec.num_classes else None
+    channels, *size = data.image_shape
+    known = dataclasses.replace(
+        spec, image_size=spec.image_size or (size[0], size[1]), class_names=spec.class_names or names
+    )
+    if channels == spec.in_channels:
+        return known
+    # Weights without a convolution do not tell the channels. Where these make another network, they are not its own.
+    other = dataclasses.replace(known, in_channels=channels)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built = build_from_spec(other).state_dict()
+    except InputError:
+        return known
+    return other if _shapes(built) == _shapes(model.state_dict()) else known
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def role_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pbe_fast.data import ImageSet, as_image_set, split
 from pbe_fast.data.folder import class_folders
+from pbe_fast.data.reader import are_numbers, lacks_classes
 from pbe_fast.errors import InputError
 from pbe_fast.models import ModelSpec
 from pbe_fast.result import sha256_of_file
@@ -62,13 +63,15 @@ def _read(origin: str, names: Sequence[str] | None, **options: Any) -> ImageSet:
     if origin and (root := Path(origin).expanduser()).is_dir():
         # Only the names of its folders say which classes a tree has: it is numbered by them as it is read. A model
         # that knows no names can say nothing about a tree that has some.
-        named_otherwise = _are_numbers(names) and not {folder.name for folder in class_folders(root)} & set(names)
+        named_otherwise = are_numbers(names) and not {folder.name for folder in class_folders(root)} & set(names)
         return as_image_set(origin, class_names=None if named_otherwise else names, **options)
     data = as_image_set(origin, **options)
     own = data.class_names
-    if _are_numbers(own) or _are_numbers(names):
+    if lacks_classes(own, names):
+        return as_image_set(data, class_names=names)
+    if are_numbers(own) or are_numbers(names):
         # A subset in a file may not show all the numbers that there are.
-        known = names if _are_numbers(own) else own
+        known = names if are_numbers(own) else own
         return dataclasses.replace(data, class_names=known) if len(own) < len(known) else data
     if own != names[: len(own)]:
         k, got = next((k, name) for k, name in enumerate(own) if (name,) != names[k : k + 1])
@@ -78,11 +81,6 @@ def _read(origin: str, names: Sequence[str] | None, **options: Any) -> ImageSet:
             accepted=f"the model's or the training set's, in their order: {_spell_names(names)}",
         )
     return dataclasses.replace(data, class_names=names)
-
-
-def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether these are what a set without class names has."""
-    return all(name == str(k) for k, name in enumerate(names))
 
 
 def _spell_names(names: Sequence[str], count: int = 10) -> str:
@@ -107,6 +105,12 @@ def shared_names(specs: Mapping[Path, ModelSpec]) -> tuple[str, ...] | None:
             )
         first = first or (path, spec.class_names)
     return None if first is None else first[1]
+
+
+def sizes_of(sources: Mapping[str, Source | None]) -> dict[str, tuple[int, int]]:
+    """(H, W) of the images, by what was asked for to get them."""
+    shapes = {source.origin: source.data.image_shape for source in sources.values() if source is not None}
+    return {f"the images of {origin}": (height, width) for origin, (_, height, width) in shapes.items()}
 
 
 def require_same_kind(first: Source, second: Source | None) -> None:

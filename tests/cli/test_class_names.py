@@ -95,6 +95,12 @@ def test_purify_numbers_all_sets_alike(place: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "out")[1].class_names == NAMES
 
 
+def test_a_file_that_lacks_classes_is_numbered_by_their_names(tmp_path: Path) -> None:
+    save_npz(ImageSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2), ("c3", "c5")), tmp_path / "two.npz")
+    data = Source.read(tmp_path / "two.npz", class_names=NAMES).data
+    assert (data.labels.tolist(), data.class_names) == ([3, 5], NAMES)
+
+
 def test_numbers_are_no_names(tmp_path: Path) -> None:
     images = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
     numbered = ImageSet(images, torch.arange(6) % 3)

@@ -103,7 +103,7 @@ def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: P
     out = ("--out", tmp_path / "out")
     purify = ("purify", "--model", model)
     small = tmp_path / "small.npz"
-    save_npz(ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), tuple("0123456789AB")), small)
+    save_npz(ImageSet(torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.arange(4), tuple("0123456789AB")), small)
     sizes = tmp_path / "sizes"
     (sizes / "0").mkdir(parents=True)
     for side in (8, 9):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pbe_fast.baselines import BASELINES
 from pbe_fast.cli import main
 from pbe_fast.cli.methods import method_config
-from pbe_fast.cli.options import config_fields, number, numbers, with_values
+from pbe_fast.cli.options import _spell, config_fields, number, numbers, with_values
 from pbe_fast.config import AttackConfig, PurifyConfig
 from pbe_fast.errors import InputError
 
@@ -109,3 +109,12 @@ def test_numbers_as_people_write_them() -> None:
     for text in ("", "a", "1/", "1/0", "1/2/3"):
         with pytest.raises(click.BadParameter, match="accepted: a number"):
             number(text if text != "1/" else "1/ ")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1 / 3, "1/3"), (2 / 3, "2/3"), (6 / 255, "6/255"), (17 / 255, "17/255"), (0.2, "0.2"), (1.0, "1")],
+)
+def test_defaults_are_spelled_as_one_would_type_them(value: float, text: str) -> None:
+    assert _spell(value) == text
+    assert number(text) == value

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import pbe_fast
+from pbe_fast.cli.shell import EXIT_CODES
 
 COMMAND = [sys.executable, "-m", "pbe_fast.cli"]
 
@@ -38,6 +40,19 @@ def test_the_installed_command() -> None:
     assert done.stdout == f"pbe-fast, version {pbe_fast.__version__}\n"
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pbe_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"pbe-fast, version {pbe_fast.__version__}\n"
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told = " ".join(readme[readme.index("\nExit codes: ") :].split(".")[0].split())
+    helped = re.findall(r"^  (\d+)  ", EXIT_CODES, re.MULTILINE)
+    assert re.findall(r"(?:: |, )(\d+) ", told) == helped
+
+
 def test_bad_input_in_a_process(tmp_path: Path) -> None:
     command = [*COMMAND, "attack", "--data", "digits:train", "--arch", "nothing", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -48,10 +63,14 @@ def test_bad_input_in_a_process(tmp_path: Path) -> None:
 def heed_interrupts() -> None:
     # A child of a process that ignores them, as one under nohup does, would ignore them too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def interrupt(command: list[str], ready: str) -> tuple[int, str, str]:
-    """Start a command, press Ctrl-C when a line on its stderr holds ``ready``: exit code, stdout, rest of stderr."""
+def interrupt(command: list[str], ready: str, number: int = signal.SIGINT) -> tuple[int, str, str]:
+    """Start a command, press Ctrl-C (or send another signal) when a line on its stderr holds ``ready``.
+
+    Returns exit code, stdout, rest of stderr.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
@@ -61,7 +80,7 @@ def interrupt(command: list[str], ready: str) -> tuple[int, str, str]:
         while ready not in (seen or [""])[-1]:
             seen.append(process.stderr.readline())
             assert seen[-1], "".join(seen)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -71,14 +90,31 @@ def interrupt(command: list[str], ready: str) -> tuple[int, str, str]:
 LONG = ["attack", "--data", "digits:train", "--arch", "small_cnn", "--epochs", "10000"]
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(number: int, wanted: int, tmp_path: Path) -> None:
     # The note comes when everything is read and checked and the training is about to start.
     command = [*COMMAND, *LONG, "--out", str(tmp_path / "out")]
-    code, stdout, stderr = interrupt(command, "training small_cnn")
-    assert code == 130
+    code, stdout, stderr = interrupt(command, "training small_cnn", number)
+    assert code == wanted
     assert stdout == "" and stderr.splitlines()[-1] == "interrupted: nothing half-written was left"
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
+    # They would go on with all the cells, and the command would wait for them.
+    command = [*COMMAND, "reproduce", "--scale", "smoke", "--table", "1", "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
+    try:
+        give_up = time.monotonic() + 120
+        while not list(tmp_path.glob("smoke/cells/*")) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert stderr.splitlines()[-1] == b"interrupted: nothing half-written was left"
 
 
 @pytest.mark.parametrize("module", ["click.globals", "pbe_fast.cli.options", "numpy.linalg", "torch.nn.functional"])
@@ -104,14 +140,15 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
     assert done.stdout == "False\n"
 
 
+@pytest.mark.parametrize(("name", "wanted"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("then", ["pass", "raise ImportError('half a module')", "sys.exit(1)"])
-def test_a_ctrl_c_that_somebody_caught_still_ends_the_command(then: str) -> None:
+def test_a_signal_that_somebody_caught_still_ends_the_command(then: str, name: str, wanted: int) -> None:
     code = (
         "import signal, sys\n"
         "from pbe_fast.cli import commands, __main__\n"
         "def swallow():\n"
         "    try:\n"
-        "        signal.raise_signal(signal.SIGINT)\n"
+        f"        signal.raise_signal(signal.{name})\n"
         "    except BaseException:\n"
         f"        {then}\n"
         "commands.main.commands['demo'].params.clear()\n"
@@ -122,4 +159,4 @@ def test_a_ctrl_c_that_somebody_caught_still_ends_the_command(then: str) -> None
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heed_interrupts, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted: nothing half-written was left\n")
+    assert (done.returncode, done.stdout, done.stderr) == (wanted, "", "interrupted: nothing half-written was left\n")

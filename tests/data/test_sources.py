@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ def data() -> ImageSet:
 
 def test_an_empty_name_is_not_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="data; got an empty name; accepted: an ImageSet; "):
+    with pytest.raises(InputError, match="data; got an empty name; accepted: 'digits:train' or "):
         as_image_set("")
 
 
@@ -58,7 +59,19 @@ def test_what_is_no_data_gets_the_list_of_what_is(source: Any, message: str) -> 
     with pytest.raises(InputError, match=message) as caught:
         as_image_set(source)
     for reader in READERS:
-        assert reader.form in str(caught.value)
+        # Of a name, what no name can stand for is no way out.
+        assert (reader.form in str(caught.value)) == (reader.named or not isinstance(source, str))
+
+
+def test_an_image_set_that_lacks_classes_is_numbered_by_their_names(data: ImageSet) -> None:
+    names = ("finch", "owl", "tit", "rook")
+    full = as_image_set(dataclasses.replace(data, true_labels=data.labels.flip(0)), class_names=names)
+    assert (full.labels.tolist(), full.class_names) == ([1, 3], names)
+    assert full.true_labels is not None and full.true_labels.tolist() == [3, 1]
+    # Where they are in their places, or mere numbers, nothing moves.
+    assert as_image_set(data, class_names=("owl", "rook", "tit")).labels.tolist() == [0, 1]
+    with pytest.raises(InputError, match="class names in another order"):
+        as_image_set(ImageSet(data.images, data.labels), class_names=("1", "0", "2"))
 
 
 def test_an_unknown_ending(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from pbe_fast.data import as_image_set
+from pbe_fast.data import as_image_set, as_train_and_clean
 from pbe_fast.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
@@ -70,9 +70,37 @@ def test_tensor_datasets_and_plain_lists() -> None:
     assert torch.equal(as_image_set([(image, 0) for image in images]).images, images)
 
 
+@pytest.mark.parametrize("keys", [("image", "label"), ("img", "fine_label"), ("pixel_values", "labels")])
+def test_items_that_are_dictionaries(keys: tuple[str, str]) -> None:
+    items = [
+        {"index": i, **dict(zip(keys, (FORMS["pil"](i), i % 3), strict=True)), "coarse_label": 9} for i in range(6)
+    ]
+    data = as_image_set(Items(items))
+    assert np.array_equal(data.images.numpy(), PIXELS.transpose(0, 3, 1, 2))
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_dataset_that_lacks_classes_is_numbered_by_their_names() -> None:
+    whole = ["cat", "dog", "eel"]
+    part = Items([(_chw(i), i % 2) for i in range(6)], ["dog", "eel"])
+    data = as_image_set(part, class_names=whole)
+    assert (data.labels.tolist(), list(data.class_names)) == ([1, 2] * 3, whole)
+    train = Items([(_chw(i), i % 3) for i in range(6)], whole)
+    _, clean = as_train_and_clean(train, part)
+    assert clean is not None and clean.labels.tolist() == [1, 2] * 3 and list(clean.class_names) == whole
+    with pytest.raises(InputError, match=r"in another order .*'eel' as class 2, where the data has it as class 0"):
+        as_train_and_clean(train, Items([(_chw(i), i % 3) for i in range(6)], ["eel", "dog", "cat"]))
+
+
+def test_a_loader_is_not_its_dataset() -> None:
+    with pytest.raises(InputError, match=r"got a DataLoader; accepted: the dataset in it: loader\.dataset"):
+        as_image_set(DataLoader(Items([(_chw(0), 0)])))
+
+
 def test_sizes_differ() -> None:
     dataset = Items([(torch.zeros(3, 4, 4), 0), (torch.zeros(3, 4, 6), 0)])
-    with pytest.raises(InputError, match=r"4x4 .* at item 0 of Items and 4x6 .* at item 1 of Items"):
+    message = r"4x4 .* at item 0 of Items and 4x6 .* at item 1 of Items; .* pbe_fast\.as_image_set\(data, size="
+    with pytest.raises(InputError, match=message):
         as_image_set(dataset)
     assert as_image_set(dataset, size=8).image_shape == (3, 8, 8)
 
@@ -81,8 +109,11 @@ def test_sizes_differ() -> None:
     ("item", "message"),
     [
         (torch.zeros(3, 5, 4), r"item 1 of the dataset; got Tensor; accepted: \(image, label\) pairs"),
-        ({"image": 0, "label": 1}, "got dict of 2"),
-        ((torch.zeros(3, 5, 4), 0, 0), "got tuple of 3"),
+        (
+            {"picture": 0, "label": 1},
+            "got dict with the keys picture, label; .*one of image, img, pixel_values and one of",
+        ),
+        ((torch.zeros(3, 5, 4), 0, 0), "got tuple of 3; .*a dataset around yours can give the first two"),
         ((torch.zeros(3, 5, 4), 0.5), r"label of item 1; got 0.5 \(float\)"),
         ((torch.zeros(3, 5, 4), "owl"), "label of item 1; got 'owl'"),
         ((torch.zeros(3, 5, 4), torch.zeros(10)), "label of item 1"),

@@ -10,6 +10,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pbe_fast.engine.files import atomic_write, prepare_output, replacing, write_text
 from pbe_fast.errors import OutputError
@@ -28,6 +30,17 @@ def test_the_file_appears_whole_and_alone(tmp_path):
             handle.write(b"second half")
     assert path.read_bytes() == b"first half second half"
     assert names(path.parent) == ["model.bin"]
+
+
+def test_a_file_has_the_mode_that_the_umask_gives_whoever_writes_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "model.safetensors") as temporary:
+            save_file({"weight": torch.zeros(2)}, temporary)
+        write_text(tmp_path / "config.json", "{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])

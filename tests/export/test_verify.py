@@ -168,7 +168,9 @@ def test_a_truncated_file(saved, tiny, images, tmp_path, keep):
 
 def test_not_onnx(tiny, images, tmp_path):
     (tmp_path / "m.onnx").write_text("these are not weights")
-    with pytest.raises(VerificationError, match="not a whole ONNX model"):
+    with pytest.raises(
+        InputError, match=r"ONNX file .*m\.onnx; got a file of another kind; accepted: a file that export"
+    ):
         verify(tmp_path / "m.onnx", tiny, images)
     with pytest.raises(InputError, match="does not exist"):
         verify(tmp_path / "absent.onnx", tiny, images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe_fast.errors import InputError
+from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.models import SmallCNN, check_model
 
 
@@ -122,3 +122,10 @@ def test_scripted_models_pass_too() -> None:
 @pytest.mark.gpu
 def test_a_model_on_the_gpu_is_checked_there() -> None:
     assert check_model(SmallCNN(2, width=2).cuda(), (1, 8, 8), 2) == 2
+
+
+def test_the_way_out_of_missing_classes_is_one_that_every_caller_has() -> None:
+    with pytest.warns(
+        PBEWarning, match=r"2 classes and the model 3 logits.*pbe_fast\.as_image_set\(data, class_names="
+    ):
+        check_model(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2), 2)

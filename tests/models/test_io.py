@@ -114,9 +114,8 @@ def test_bare_weights_tell_their_own_sizes(model: nn.Module, tmp_path: Path) -> 
 def test_torchvision_weights_by_arch(tmp_path: Path) -> None:
     net = build_model("torchvision:squeezenet1_1", num_classes=3)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(InputError, match="no linear layer in it; accepted: num_classes"):
-        load_model(tmp_path / "w.safetensors", arch="torchvision:squeezenet1_1")
-    loaded, spec = load_model(tmp_path / "w.safetensors", arch="torchvision:squeezenet1_1", num_classes=3)
+    # Its classifier is a convolution.
+    loaded, spec = load_model(tmp_path / "w.safetensors", arch="torchvision:squeezenet1_1")
     assert_same_state(loaded, net)
     assert (spec.in_channels, spec.num_classes) == (3, 3)
 
@@ -152,11 +151,59 @@ def test_given_normalisation_goes_around_bare_weights(model: nn.Module, tmp_path
     assert_same_state(loaded, model)
 
 
-def test_given_values_overrule_the_config(model: nn.Module, tmp_path: Path) -> None:
+def test_a_given_size_overrules_the_config(model: nn.Module, tmp_path: Path) -> None:
     save_model(model, SPEC, tmp_path)
-    loaded, spec = load_model(tmp_path, mean=[0.1], std=[0.2], image_size=(9, 9))
-    assert (spec.mean, spec.std, spec.image_size) == ((0.1,), (0.2,), (9, 9))
-    assert loaded.mean.item() == pytest.approx(0.1)
+    assert load_model(tmp_path, image_size=(9, 9))[1].image_size == (9, 9)
+
+
+def test_another_normalisation_than_the_model_has_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    save_model(model, SPEC, tmp_path / "folder")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    for path, arch in ((tmp_path / "folder", None), (tmp_path / "w.safetensors", "small_cnn")):
+        assert_same_state(load_model(path, arch=arch, mean=[0.5], std=[0.25])[0], model)
+        with pytest.raises(InputError, match=r"mean of .* \(--mean\); got 0.1; accepted: 0.5, as .* has: it is part"):
+            load_model(path, arch=arch, mean=[0.1], std=[0.25])
+        with pytest.raises(InputError, match=r"std of .* \(--std\); got 0.25, 0.25, 0.25; accepted: 0.25, as"):
+            load_model(path, arch=arch, mean=[0.5], std=[0.25] * 3)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "network.", "backbone.", "model.module.", "a.b."])
+def test_a_prefix_of_other_programs_comes_off(model: nn.Module, prefix: str, tmp_path: Path) -> None:
+    assert isinstance(model, Normalized)
+    for name, net in (("bare", model.net), ("normalized", model)):
+        state = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / f"{name}.ckpt")
+        loaded, spec = load_model(tmp_path / f"{name}.ckpt", arch="small_cnn")
+        assert_same_state(loaded, net)
+        assert spec == ModelSpec("small_cnn", 4, 1, None, 3, *((0.5,), (0.25,)) * (net is model))
+    # Also where the config says what the network is.
+    save_model(model, SPEC, tmp_path / "folder")
+    save_file({f"{prefix}{k}": v for k, v in model.state_dict().items()}, tmp_path / "folder" / "model.safetensors")
+    assert_same_state(load_model(tmp_path / "folder")[0], model)
+
+
+def test_keys_of_another_network_are_shown(model: nn.Module, tmp_path: Path) -> None:
+    assert isinstance(model, Normalized)
+    save_file({f"model.{k}": v for k, v in model.net.state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path / "w.safetensors", arch="resnet18")
+    for part in ("weights do not fit", "unexpected (model.bn1.", "tensors of ResNet (conv1.weight, bn1.weight"):
+        assert part in str(caught.value)
+    assert "linear layer" not in str(caught.value)
+
+
+def test_an_own_network_with_the_names_of_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"wrapped_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "from pbe_fast.models import Normalized, SmallCNN\ndef make():\n"
+        "    return Normalized(SmallCNN(4, 1, 3), [0.5], [0.25])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    net = build_model(f"{name}:make", num_classes=4)
+    torch.save({f"model.{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
+    loaded, spec = load_model(tmp_path / "w.pt", arch=f"{name}:make", num_classes=4, in_channels=1)
+    assert_same_state(loaded, net)
+    assert spec.mean is None
 
 
 def test_weights_that_do_not_fit_are_named(model: nn.Module, tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2), "n": torch.tensor(3)}
 
 
+@pytest.mark.parametrize("content", [{"state_dict": {**STATE, "threshold": 0.5}, "t": 1}, {**STATE, "threshold": 0.5}])
+def test_an_entry_that_is_no_tensor_is_named(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(
+        InputError, match=r"'threshold' in the state_dict of .*w\.pt; got float; accepted: tensors only"
+    ):
+        read_weights(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("write", [zip_format, legacy_format])
 @pytest.mark.parametrize(
     "content",
