@@ -41,6 +41,10 @@ def purify(
     where the training set is given as well, further rounds are on those of its images that rank clean, which brings
     accuracy and leaves less of the backdoor. The paper stops after the clean set (``refining_fractions=()``).
 
+    Other threads may go on with models of their own, and purify them. But torch's global random generators are put
+    aside for one run at a time: of runs in several threads, a model that draws from them (dropout) learns from other
+    draws each time, and afterwards they may stand elsewhere.
+
     Args:
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]; pixel normalisation
             belongs inside (`pbe_fast.Normalized`). It is not changed. All parameters of the copy are trained, those
