@@ -14,7 +14,7 @@ from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import check_seed, seeded
-from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
 from pbe_fast.result import PurifyResult
 from pbe_fast.rounds import OnRound, Run
@@ -80,7 +80,8 @@ def purify(
     data = clean if clean is not None else train
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
-    check_trainable(model)
+    check_trainable(model, data.image_shape)
+    check_differentiable(model, data.image_shape)
     if clean is not None:
         check_batch(model, len(clean), "clean images")
     fractions = config.fractions if clean is None else config.refining_fractions

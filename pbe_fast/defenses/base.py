@@ -177,7 +177,7 @@ class Defense(ABC, Generic[C]):
         train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
         assert clean is not None
         check_model(model, clean.image_shape, clean.num_classes)
-        check_trainable(model)
+        check_trainable(model, clean.image_shape)
         check_batch(model, len(clean), "clean images")
         work = Work(model, clean.to(where), seed=seed, device=where, precision=precision, progress=progress)
         with seeded(seed, where):
