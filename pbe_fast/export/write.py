@@ -138,7 +138,7 @@ def _check_arguments(image_shape: object, metadata: Mapping[str, str] | None, op
 def _count_logits(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *image_shape))
+            logits = model(torch.zeros(2, *image_shape, dtype=torch.float32))
     except Exception as error:
         raise InputError(
             f"model on images of shape {image_shape}", got=first_line(error), accepted="a model of (B, C, H, W) images"
@@ -158,7 +158,7 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int], opset: int) -> A
             # Two images: with one, the tracer takes the batch for a constant.
             program = torch.onnx.export(
                 model,
-                (torch.zeros(2, *image_shape),),
+                (torch.zeros(2, *image_shape, dtype=torch.float32),),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),

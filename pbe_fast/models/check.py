@@ -149,7 +149,7 @@ def check_batch(model: nn.Module, images: int, what: str) -> None:
 def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (torch.device("cpu"), torch.float32)
-    images = torch.rand(_BATCH, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(_BATCH, *image_shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     return images.to(device=device, dtype=dtype)
 
 
