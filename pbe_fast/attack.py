@@ -21,7 +21,7 @@ from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.input_aware import train_along
 from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
-from pbe_fast.poison import check_target, poison, poison_candidates
+from pbe_fast.poison import check_target, check_trigger, poison, poison_candidates
 from pbe_fast.triggers import InputAware, Trigger, make_trigger
 
 
@@ -55,7 +55,7 @@ def train_infected(
     config: AttackConfig | None = None,
     trigger: Trigger | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     progress: bool = True,
 ) -> InfectedModel:
@@ -84,7 +84,8 @@ def train_infected(
     check_model(model, clean.image_shape, clean.num_classes)
     check_trainable(model, clean.image_shape)
     check_batch(model, len(clean), "training images")
-    trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
+    trigger = make_trigger(config.attack, clean.image_shape, seed=seed) if trigger is None else trigger
+    check_trigger(trigger)
     config = dataclasses.replace(config, attack=trigger.name)
     if isinstance(trigger, InputAware):
         # It learns from what the classifier makes of its images.

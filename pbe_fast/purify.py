@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from pbe_fast.config import PurifyConfig
@@ -14,6 +15,7 @@ from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import check_seed, seeded
+from pbe_fast.engine.streaming import check_limit
 from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
 from pbe_fast.result import PurifyResult
@@ -28,7 +30,7 @@ def purify(
     clean_data: Any = None,
     config: PurifyConfig | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     device_memory_limit: int | None = None,
     profile: bool = False,
@@ -76,6 +78,7 @@ def purify(
     check_kind(config, PurifyConfig)
     seed = check_seed(seed)
     where = resolve_device(device)
+    check_limit(device_memory_limit)
     train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
     data = clean if clean is not None else train
     assert data is not None

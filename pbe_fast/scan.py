@@ -45,7 +45,7 @@ def scan(
     *,
     config: ScanConfig | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     progress: bool = True,
 ) -> ScanResult:

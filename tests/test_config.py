@@ -185,3 +185,11 @@ def test_an_eps_in_levels_is_told_what_to_write() -> None:
     # What an l2 ball may hold depends on the images.
     assert PGDConfig(norm="l2", eps=8).eps == ScanConfig(norm="l2", eps=(8,)).eps[0] == 8
     assert PurifyConfig(pgd=PGDConfig(norm="l2", eps=0.5), eps_factors=(4.0,)).attacks[0].eps == 2
+
+
+def test_a_list_becomes_a_tuple() -> None:
+    fractions: Any = [0.1, 0.3]
+    config = PurifyConfig(fractions=fractions, eps_factors=fractions)
+    fractions.append(7.0)
+    assert config == PurifyConfig(fractions=(0.1, 0.3), eps_factors=(0.1, 0.3))
+    assert hash(config.fractions)

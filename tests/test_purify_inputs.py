@@ -189,6 +189,17 @@ def test_logits_that_stand_for_no_class_are_told(model: nn.Module, data: ImageSe
         run(model, data)
 
 
+@pytest.mark.parametrize("limit", [-1, "x", True, float("nan")])
+def test_a_memory_limit_that_is_none(model: nn.Module, data: ImageSet, limit: Any) -> None:
+    with pytest.raises(InputError, match=f"device_memory_limit; got {limit!r}; accepted: bytes, 0 or more, or None"):
+        purify(model, data, device_memory_limit=limit, progress=False)
+
+
+def test_the_name_of_a_trigger_to_train_with(model: nn.Module, data: ImageSet) -> None:
+    with pytest.raises(InputError, match="trigger; got 'badnets'; accepted: a Trigger"):
+        train_infected(model, data, trigger="badnets", device="cpu", progress=False)  # type: ignore[arg-type]
+
+
 def test_a_device_and_a_precision_that_are_not_there(model: nn.Module, data: ImageSet) -> None:
     with pytest.raises(InputError, match="device; got 'tpu'"):
         purify(model, data, device="tpu", progress=False)

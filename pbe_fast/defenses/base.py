@@ -144,7 +144,7 @@ class Defense(ABC, Generic[C]):
         train_data: Any = None,
         config: C | None = None,
         seed: int = 0,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "auto",
         progress: bool = True,
     ) -> PurifyResult:

@@ -17,6 +17,18 @@ _BATCH = 2
 _DIFFERENTIABLE = "a forward pass without no_grad, detach, numpy or quantised weights between the two"
 
 
+def check_module(model: object, accepted: str = "a torch.nn.Module that returns logits (B, K)") -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        InputError: Anything else, a path or a state dict for one; it says that ``accepted`` was wanted.
+    """
+    if not isinstance(model, nn.Module):
+        hint = " (build the network, then load_state_dict)" if isinstance(model, dict) else ""
+        raise InputError("model", got=f"{type(model).__name__}{hint}", accepted=accepted)
+    return model
+
+
 def check_model(model: object, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """Run one tiny batch and refuse a model that does not return finite logits (B, K).
 
@@ -36,9 +48,7 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
             ``num_classes``, or logits that are not finite.
     """
     accepted = f"a torch.nn.Module that returns logits (B, K), K of at least {num_classes}"
-    if not isinstance(model, nn.Module):
-        hint = " (build the network, then load_state_dict)" if isinstance(model, dict) else ""
-        raise InputError("model", got=f"{type(model).__name__}{hint}", accepted=accepted)
+    model = check_module(model, accepted)
     images = _probe(model, image_shape)
     shape = tuple(images.shape)
     try:
