@@ -19,9 +19,9 @@ from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.input_aware import train_along
-from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
-from pbe_fast.poison import check_target, poison, poison_candidates
+from pbe_fast.poison import check_target, check_trigger, poison, poison_candidates
 from pbe_fast.triggers import InputAware, Trigger, make_trigger
 
 
@@ -55,7 +55,7 @@ def train_infected(
     config: AttackConfig | None = None,
     trigger: Trigger | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     progress: bool = True,
 ) -> InfectedModel:
@@ -72,8 +72,8 @@ def train_infected(
         progress: Whether to show a bar.
 
     Raises:
-        InputError: An attack that the data do not allow (for SIG, a rate above the target class's size), before any
-            work starts.
+        InputError: A model that cannot be trained, or an attack that the data do not allow (for SIG, a rate above the
+            target class's size), before any work starts.
     """
     config = AttackConfig() if config is None else config
     check_kind(config, AttackConfig)
@@ -82,10 +82,14 @@ def train_infected(
     clean = as_image_set(train_data, progress=progress)
     check_target(config.setting, config.target_label, clean.num_classes)
     check_model(model, clean.image_shape, clean.num_classes)
-    check_trainable(model)
+    check_trainable(model, clean.image_shape)
     check_batch(model, len(clean), "training images")
-    trigger = trigger or make_trigger(config.attack, clean.image_shape, seed=seed)
+    trigger = make_trigger(config.attack, clean.image_shape, seed=seed) if trigger is None else trigger
+    check_trigger(trigger)
     config = dataclasses.replace(config, attack=trigger.name)
+    if isinstance(trigger, InputAware):
+        # It learns from what the classifier makes of its images.
+        check_differentiable(model, clean.image_shape)
 
     which: dict[str, Any] = {
         "poison_rate": config.poison_rate,

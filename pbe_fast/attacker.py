@@ -66,7 +66,7 @@ class PGD:
         self._planned = planned
         self._calls = 0
         self._decided = config.compile != "auto" or planned == 0
-        net, self._mean, self._std = _apart(model)
+        net, self._mean, self._std = _apart(model, self.image_shape[0])
         self._copy: FrozenCopy = beside._copy if beside else FrozenCopy(net, dtype=dtype, image_shape=self.image_shape)
         self._forward: Forward = self._copy
         device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
@@ -90,7 +90,7 @@ class PGD:
 
     def refresh(self, model: nn.Module) -> None:
         """Attacks the current weights and BN statistics of ``model`` from now on."""
-        self._copy.refresh(_apart(model)[0])
+        self._copy.refresh(_apart(model, self.image_shape[0])[0])
 
     def __call__(
         self, images: Tensor, labels: Tensor, image_ids: Tensor | None = None, *, seed: int | None = None
@@ -305,8 +305,13 @@ class PGD:
             self._compile()
 
 
-def _apart(model: nn.Module) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+def _apart(model: nn.Module, channels: int) -> tuple[nn.Module, Tensor | None, Tensor | None]:
     """The network of a `Normalized`, its mean and its std, which the step itself takes; any other model as it is."""
     if type(model) is not Normalized or model._forward_hooks or model._forward_pre_hooks:
         return model, None, None
-    return model.net, model.mean.float().flatten(), model.std.float().flatten()
+    if model.mean.numel() not in (1, channels):
+        # Of a grey image three means make three channels, which no step does.
+        return model, None, None
+    # One mean may stand for all channels.
+    mean, std = (values.float().flatten().expand(channels).contiguous() for values in (model.mean, model.std))
+    return model.net, mean, std

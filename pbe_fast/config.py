@@ -18,6 +18,16 @@ CALIBRATED_WINDOWS = (0.125, 0.25)
 AUGMENT_CHOICES = ("none", "crop", "crop+flip", "auto")
 
 
+def _check_radius(norm: str, eps: float) -> None:
+    """Refuses a radius that is none; and of a box one beyond which there is no picture, mostly meant as levels of 255.
+
+    What an l2 ball may hold depends on the size of the images.
+    """
+    check(0 < eps < math.inf, "eps", eps, "above 0")
+    accepted = f"at most 1, in pixel units of [0, 1]; {eps:g} levels of 255 are {eps:g}/255 = {eps / 255:.3g}"
+    check(norm != "linf" or eps <= 1, "eps", eps, accepted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PGDConfig:
     """Untargeted PGD (step 1a). Sizes are in pixel units of [0, 1]."""
@@ -37,7 +47,7 @@ class PGDConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
-        check(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        _check_radius(self.norm, self.eps)
         check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         check(self.steps >= 1, "steps", self.steps, "1 or more")
         check(self.window is None or 0 < self.window <= 1, "window", self.window, "above 0 and at most 1")
@@ -198,6 +208,9 @@ class PurifyConfig:
             self.eps_factors,
             "each above 0, at least one",
         )
+        largest = max(self.eps_factors) * self.pgd.eps
+        accepted = f"factors that leave eps, {self.pgd.eps:.3g}, at most 1: pixels are in [0, 1]"
+        check(self.pgd.norm != "linf" or largest <= 1, "eps_factors", self.eps_factors, accepted)
         finite = all(0 < a < math.inf for a in self.wave_amplitudes)
         check(finite, "wave_amplitudes", self.wave_amplitudes, "each above 0")
         sides = all(0 < w <= 1 for w in self.patch_windows)
@@ -285,7 +298,9 @@ class ScanConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check(self.norm in ("linf", "l2"), "norm", self.norm, "linf, l2")
-        check(len(self.eps) >= 1 and all(0 < e < math.inf for e in self.eps), "eps", self.eps, "each above 0")
+        check(len(self.eps) >= 1, "eps", self.eps, "at least one radius")
+        for eps in self.eps:
+            _check_radius(self.norm, eps)
         check(list(self.eps) == sorted(set(self.eps)), "eps", self.eps, "rising")
         # Of other windows nobody knows how uneven benign models are.
         known = set(self.patch_windows) <= set(CALIBRATED_WINDOWS)

@@ -85,8 +85,8 @@ class FineTuner:
         self._show_progress = show_progress
         parameters = list(model.parameters())
         self._device = parameters[0].device
-        self._rate = torch.zeros((), device=self._device)
-        self._loss_sum = torch.zeros((), device=self._device)
+        self._rate = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         self._optimizer = torch.optim.SGD(
             parameters,
             lr=self._rate,
@@ -205,7 +205,7 @@ class FineTuner:
             learning_rate_factor(step, self._total_steps, self._config.warmup)
             for step in range(self._step, self._step + steps)
         ]
-        return torch.tensor([self._config.lr * factor for factor in factors]).to(self._device)
+        return torch.tensor([self._config.lr * factor for factor in factors], dtype=torch.float32).to(self._device)
 
     def _step_for(self, data: ImageSet, size: int, *, attacked: bool, resident: bool) -> _Step:
         """The step for batches of this size, which a GPU records once: its buffers and its functions over them."""

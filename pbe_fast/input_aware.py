@@ -76,7 +76,7 @@ def train_masks(
     unit = data.floats(sample).std((0, 2, 3)).clamp_min(1 / 255).view(-1, 1, 1)
     batches = endless_batches(len(data), training.batch_size, generator, device=data.device)
     batches = itertools.islice(batches, steps)
-    density = last = torch.zeros((), device=data.device)
+    density = last = torch.zeros((), dtype=torch.float32, device=data.device)
     for step, batch in enumerate(progress(batches, total=steps, desc="training the masks", enabled=show_progress)):
         images = to_input(augment(data.images[batch], training.augment, generator))
         masks = trigger.masks(images)
@@ -154,7 +154,7 @@ class JointTrainer:
             DivergedError: The mean loss is not finite.
         """
         training, seen = self._config.training, 0
-        total = torch.zeros((), device=data.device)
+        total = torch.zeros((), dtype=torch.float32, device=data.device)
         self._model.train()
         batches = endless_batches(len(data), training.batch_size, self._generator, device=data.device)
         batches = itertools.islice(batches, steps)

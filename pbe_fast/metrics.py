@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError
+from pbe_fast.models import check_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,9 @@ def evaluate(
         show_progress: Whether to show bars.
 
     Raises:
-        InputError: Sets that cannot be read, or ``triggered`` without ``true_labels``.
+        InputError: No model, sets that cannot be read, or ``triggered`` without ``true_labels``.
     """
+    check_module(model)
     test = as_image_set(test, progress=show_progress)
     triggered = None if triggered is None else as_image_set(triggered, progress=show_progress)
     predicted = predict_logits(model, test.images, dtype=dtype, desc="accuracy", show_progress=show_progress).argmax(1)

@@ -29,6 +29,8 @@ def check(condition: bool, name: str, got: object, accepted: str) -> None:
 def check_types(config: Any) -> None:
     """Refuses a field of another type than it is declared with: ``eps="x"``, ``steps=2.5``, a config of another kind.
 
+    A list where a tuple is declared becomes one.
+
     Raises:
         InputError: The first such field.
     """
@@ -37,6 +39,8 @@ def check_types(config: Any) -> None:
         if typing.get_origin(kind) is tuple:
             right = isinstance(value, tuple | list) and all(_is_a(part, float) for part in value)
             check(right, name, repr(value), "numbers, as a tuple")
+            # A list could be changed behind the checks' back, and equals no tuple.
+            object.__setattr__(config, name, tuple(value))
         else:
             kinds = typing.get_args(kind) or (kind,)
             accepted = " or ".join(_KINDS.get(k, f"a {k.__name__}") for k in kinds)

@@ -49,8 +49,10 @@ def poison(
         seed: Which images are drawn, and what is random in cover images.
 
     Raises:
-        InputError: A rate outside (0, 1), a target outside the classes, or more images asked for than there are.
+        InputError: No trigger, a rate outside (0, 1), a target outside the classes, or more images asked for than there
+            are.
     """
+    check_trigger(trigger)
     clean = as_image_set(data)
     seed = check_seed(seed)
     candidates, count = poison_candidates(
@@ -112,6 +114,7 @@ def triggered_test_set(
     Images whose true class is the target are kept: `metrics.evaluate` leaves them out of ``asr`` and counts them in
     ``asr_with_target``.
     """
+    check_trigger(trigger)
     check_target(setting, target_label, data.num_classes)
     images = data.images.clone()
     _stamp(images, torch.arange(len(data), device=data.device), trigger)
@@ -135,6 +138,7 @@ def covered_test_set(
     Raises:
         InputError: A trigger without cover images, or a single image.
     """
+    check_trigger(trigger)
     check_target(setting, target_label, data.num_classes)
     if len(data) < 2:
         raise InputError("test images to cover", got=len(data), accepted="2 or more")
@@ -157,6 +161,13 @@ def check_target(setting: str, target_label: int, num_classes: int) -> None:
         raise InputError("setting", got=repr(setting), accepted=" or ".join(SETTINGS))
     if not 0 <= target_label < num_classes:
         raise InputError("target_label", got=target_label, accepted=f"0 to {num_classes - 1}")
+
+
+def check_trigger(trigger: object) -> None:
+    """Raises InputError for what is no trigger, its name for one."""
+    if not isinstance(trigger, Trigger):
+        accepted = "a Trigger, as pbe_fast.triggers.make_trigger(name, (C, H, W)) makes it"
+        raise InputError("trigger", got=repr(trigger), accepted=accepted)
 
 
 def _stamp(images: Tensor, where: Tensor, trigger: Trigger) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from pbe_fast.config import PurifyConfig
@@ -14,8 +15,9 @@ from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import check_seed, seeded
+from pbe_fast.engine.streaming import check_limit
 from pbe_fast.forgetting import warn_of_missing
-from pbe_fast.models import check_batch, check_model, check_trainable
+from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
 from pbe_fast.result import PurifyResult
 from pbe_fast.rounds import Run
@@ -30,7 +32,7 @@ def purify(
     clean_data: Any = None,
     config: PurifyConfig | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     device_memory_limit: int | None = None,
     profile: bool = False,
@@ -42,6 +44,10 @@ def purify(
     Without ``clean_data``, all rounds of Algorithm 1 on the training set. With it, steps 1 and 2 on the clean images;
     where the training set is given as well, further rounds are on those of its images that rank clean, which brings
     accuracy and leaves less of the backdoor. The paper stops after the clean set (``refining_fractions=()``).
+
+    Other threads may go on with models of their own, and purify them. But torch's global random generators are put
+    aside for one run at a time: of runs in several threads, a model that draws from them (dropout) learns from other
+    draws each time, and afterwards they may stand elsewhere.
 
     Args:
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]; pixel normalisation
@@ -74,11 +80,13 @@ def purify(
     check_kind(config, PurifyConfig)
     seed = check_seed(seed)
     where = resolve_device(device)
+    check_limit(device_memory_limit)
     train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
     data = clean if clean is not None else train
     assert data is not None
     check_model(model, data.image_shape, data.num_classes)
-    check_trainable(model)
+    check_trainable(model, data.image_shape)
+    check_differentiable(model, data.image_shape)
     if clean is not None:
         check_batch(model, len(clean), "clean images")
         warn_of_missing(clean, train)

@@ -20,7 +20,7 @@ from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
-from pbe_fast.models import check_model
+from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
 from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious
@@ -45,7 +45,7 @@ def scan(
     *,
     config: ScanConfig | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     progress: bool = True,
 ) -> ScanResult:
@@ -65,8 +65,9 @@ def scan(
         progress: Whether steps longer than two seconds show a bar, on stderr.
 
     Raises:
-        InputError: A seed that is none, fewer than three classes, a model that does not fit the images, images that it
-            answers rightly of fewer than half of the classes, or radii too small to move a quarter of them.
+        InputError: A seed that is none, fewer than three classes, a model that does not fit the images or has no
+            gradient with respect to them, images that it answers rightly of fewer than half of the classes, or radii
+            too small to move a quarter of them.
     """
     config = config or ScanConfig()
     check_kind(config, ScanConfig)
@@ -78,6 +79,7 @@ def scan(
         # With two labels there is one way to go.
         raise InputError("classes of the images to scan with", got=data.num_classes, accepted="3 or more")
     check_model(model, data.image_shape, data.num_classes)
+    check_differentiable(model, data.image_shape)
     dtype = resolve_precision(where, precision)
     scanned: nn.Module = copy.deepcopy(model).to(device=where, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
     scanned.eval().requires_grad_(False)

@@ -62,7 +62,7 @@ def framed(images: Tensor) -> Tensor:
 
 def noisy(images: Tensor) -> Tensor:
     """Plus Gaussian noise of deviation 12/255, the same on every image and every device."""
-    noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images.shape[1:], dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     return images + _NOISE * noise.to(images.device)
 
 
@@ -124,7 +124,7 @@ def fragility(
     labels = data.labels
     device = next((p.device for p in model.parameters()), data.device)
     copy = FrozenCopy(model, dtype=dtype, image_shape=data.image_shape)
-    worst = torch.zeros(len(data), device=labels.device)
+    worst = torch.zeros(len(data), dtype=torch.float32, device=labels.device)
     if min(data.image_shape[1:]) < 4:
         return worst
     for view in progress(VIEWS.values(), total=len(VIEWS), desc="steady images", enabled=show_progress):

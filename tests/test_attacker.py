@@ -90,6 +90,18 @@ def test_equals_the_plain_loop(
         assert ((got - expected).abs() < 1e-5).double().mean() > 0.995
 
 
+@pytest.mark.parametrize(("means", "channels"), [(1, 3), (3, 1)])
+def test_means_may_be_fewer_or_more_than_the_channels(
+    model: nn.Module, images: Tensor, labels: Tensor, means: int, channels: int
+) -> None:
+    net = Normalized(model, (0.5, 0.4, 0.6)[:means], (0.3, 0.2, 0.25)[:means]).eval()
+    images = images[:, :channels].contiguous()
+    config = PGDConfig(norm="l2", eps=0.5, steps=3)
+    attack = PGD(net, config, image_shape=images.shape[1:])
+    attack.refresh(net)
+    torch.testing.assert_close(attack(images, labels), pgd_attack(net, images, labels, config), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("early_stop", [False, True])
 @pytest.mark.parametrize("window", [None, 0.5])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 9, 100])

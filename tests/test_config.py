@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from pbe_fast.baselines import NADConfig
-from pbe_fast.config import AttackConfig, FineTuneConfig, InputAwareConfig, PGDConfig, PurifyConfig, WaveConfig
+from pbe_fast.config import (
+    AttackConfig,
+    FineTuneConfig,
+    InputAwareConfig,
+    PGDConfig,
+    PurifyConfig,
+    ScanConfig,
+    WaveConfig,
+)
 from pbe_fast.errors import InputError
 from pbe_fast.options import to_dict
 from pbe_fast.triggers import TRIGGERS
@@ -21,6 +29,9 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PGDConfig, {"eps": 0.0}),
     (PGDConfig, {"eps": math.nan}),
     (PGDConfig, {"eps": math.inf}),
+    (PGDConfig, {"eps": 8}),
+    (PurifyConfig, {"eps_factors": (1.0, 30.0)}),
+    (ScanConfig, {"eps": ()}),
     (PGDConfig, {"alpha": -0.1}),
     (PGDConfig, {"steps": 0}),
     (PGDConfig, {"restarts": 0}),
@@ -163,3 +174,22 @@ def test_a_value_of_another_kind_is_named_too(kind: Any, option: dict[str, Any],
 
 def test_numbers_of_numpy_are_numbers() -> None:
     assert PGDConfig(eps=np.float32(0.1), steps=np.int64(3)).steps == 3
+
+
+def test_an_eps_in_levels_is_told_what_to_write() -> None:
+    for make in (lambda: PGDConfig(eps=8), lambda: ScanConfig(eps=(1 / 255, 8))):
+        with pytest.raises(
+            InputError, match=r"option 'eps'; got 8; .*pixel units of \[0, 1\]; 8 levels of 255 are 8/255"
+        ):
+            make()
+    # What an l2 ball may hold depends on the images.
+    assert PGDConfig(norm="l2", eps=8).eps == ScanConfig(norm="l2", eps=(8,)).eps[0] == 8
+    assert PurifyConfig(pgd=PGDConfig(norm="l2", eps=0.5), eps_factors=(4.0,)).attacks[0].eps == 2
+
+
+def test_a_list_becomes_a_tuple() -> None:
+    fractions: Any = [0.1, 0.3]
+    config = PurifyConfig(fractions=fractions, eps_factors=fractions)
+    fractions.append(7.0)
+    assert config == PurifyConfig(fractions=(0.1, 0.3), eps_factors=(0.1, 0.3))
+    assert hash(config.fractions)

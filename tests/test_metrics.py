@@ -37,6 +37,12 @@ def test_acc_is_the_share_of_right_predictions() -> None:
     assert metrics.to_dict() == {"acc": 0.6, "asr": None, "asr_with_target": None, "recovered_acc": None}
 
 
+@pytest.mark.parametrize("thing", ["model.pt", None, Reads, {}])
+def test_what_is_no_model_is_refused(thing: object) -> None:
+    with pytest.raises(InputError, match=r"model; got .*accepted: a torch\.nn\.Module that returns logits"):
+        evaluate(thing, _set([0], [0]))  # type: ignore[arg-type]
+
+
 def test_images_of_the_target_class_are_left_out_of_asr_and_recovered_acc() -> None:
     # Target 0; the first three images are of that class already.
     triggered = _set([0, 0, 1, 0, 0, 0, 2, 3], [0] * 8, [0, 0, 0, 1, 1, 2, 2, 2])

@@ -35,6 +35,12 @@ def _truth(data: ImageSet) -> tuple[Tensor, Tensor]:
     return data.poison_mask, data.true_labels
 
 
+@pytest.mark.parametrize("stamp", [poison, triggered_test_set, covered_test_set])
+def test_the_name_of_a_trigger_is_none(stamp: Any) -> None:
+    with pytest.raises(InputError, match=r"trigger; got 'badnets'; accepted: a Trigger, as .*make_trigger\(name,"):
+        stamp(_clean(), "badnets")
+
+
 @pytest.mark.parametrize(("rate", "count"), [(0.1, 20), (0.005, 1), (0.333, 67), (0.8, 160)])
 @pytest.mark.parametrize("target", [0, 3])
 def test_all_to_one(rate: float, count: int, target: int) -> None:

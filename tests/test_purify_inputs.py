@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.attack import train_infected
-from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
+from pbe_fast.config import AttackConfig, FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.defenses import fine_tune
+from pbe_fast.defenses import fine_tune, neural_cleanse
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.purify import purify
 from pbe_fast.result import PurifyResult
+from pbe_fast.scan import scan
 
 SHAPE = (1, 8, 8)
 QUICK: dict[str, Any] = {
@@ -121,6 +122,38 @@ def test_models_that_cannot_be_trained(model: nn.Module, data: ImageSet) -> None
                 run(untrainable, train, clean)
 
 
+class Auxiliary(nn.Module):
+    """With a second output in train mode, as torchvision's inception_v3."""
+
+    def __init__(self, attached: bool) -> None:
+        super().__init__()
+        self.net, self.attached = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), attached
+
+    def forward(self, images: Tensor) -> object:
+        logits = self.net(images if self.attached else images.detach())
+        return (logits, logits) if self.attached and self.training else logits
+
+
+def test_models_that_change_their_output_or_have_no_gradient(data: ImageSet) -> None:
+    auxiliary, detached = Auxiliary(attached=True), Auxiliary(attached=False)
+    options: dict[str, Any] = {"device": "cpu", "progress": False}
+    with pytest.raises(InputError, match="output of the model in train mode; got tuple of 2"):
+        run(auxiliary, data)
+    with pytest.raises(InputError, match="output of the model in train mode; got tuple of 2"):
+        fine_tune(auxiliary, data, **options)
+    with pytest.raises(InputError, match="output of the model in train mode; got tuple of 2"):
+        train_infected(auxiliary, data, **options)
+    gradient = "logits with respect to the images; got none"
+    with pytest.raises(InputError, match=gradient):
+        run(detached, data)
+    with pytest.raises(InputError, match=gradient):
+        scan(detached, data, **options)
+    with pytest.raises(InputError, match=gradient):
+        neural_cleanse(detached, data, **options)
+    with pytest.raises(InputError, match=gradient):
+        train_infected(detached, data, config=AttackConfig(attack="input_aware"), **options)
+
+
 def test_one_image_is_too_few_for_batch_normalisation(model: nn.Module, data: ImageSet) -> None:
     with pytest.raises(InputError, match="number of clean images; got 1; accepted: 2 or more"):
         run(model, None, data.select(torch.arange(1)))
@@ -174,6 +207,17 @@ def test_logits_that_stand_for_no_class_are_told(model: nn.Module, data: ImageSe
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(model, data)
+
+
+@pytest.mark.parametrize("limit", [-1, "x", True, float("nan")])
+def test_a_memory_limit_that_is_none(model: nn.Module, data: ImageSet, limit: Any) -> None:
+    with pytest.raises(InputError, match=f"device_memory_limit; got {limit!r}; accepted: bytes, 0 or more, or None"):
+        purify(model, data, device_memory_limit=limit, progress=False)
+
+
+def test_the_name_of_a_trigger_to_train_with(model: nn.Module, data: ImageSet) -> None:
+    with pytest.raises(InputError, match="trigger; got 'badnets'; accepted: a Trigger"):
+        train_infected(model, data, trigger="badnets", device="cpu", progress=False)  # type: ignore[arg-type]
 
 
 def test_a_device_and_a_precision_that_are_not_there(model: nn.Module, data: ImageSet) -> None:

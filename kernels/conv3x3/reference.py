@@ -17,7 +17,7 @@ _A = ((1.0, 1, 1, 0), (0, 1, -1, -1))
 def pack(weight: Tensor, transposed: bool) -> Tensor:
     """G g G^T of every filter, bfloat16 (groups out, 16 positions, pairs of channels in, 16 channels out, 2)."""
     filters = weight.flip(2, 3).transpose(0, 1) if transposed else weight
-    g = torch.tensor(_G, device=weight.device)
+    g = torch.tensor(_G, dtype=torch.float32, device=weight.device)
     positions = torch.einsum("ia,kcab,jb->kcij", g, filters.float(), g).flatten(2)
     positions = F.pad(positions, (0, 0, 0, -positions.shape[1] % GROUP, 0, -positions.shape[0] % GROUP))
     pairs = positions.unflatten(1, (-1, 2)).unflatten(0, (-1, GROUP))
@@ -39,7 +39,7 @@ def conv3x3(
     if mask is not None:
         x = x.where(mask > 0, 0.0)
     v = _transformed(x)
-    a = torch.tensor(_A, device=x.device)
+    a = torch.tensor(_A, dtype=torch.float32, device=x.device)
     u = packed.float().permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, :channels_out, : x.shape[1]]
     m = torch.einsum("pkc,bcyxp->bkyxp", u, v.flatten(4)).unflatten(4, (4, 4))
     y = torch.einsum("ia,bkyxad,jd->bkyixj", a, m, a).flatten(4).flatten(2, 3)[:, :, :height, :width]
@@ -57,5 +57,5 @@ def _transformed(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     # A frame of zeros, and one more line where the number of lines is odd.
     framed = F.pad(x.float(), (1, 1 + width % 2, 1, 1 + height % 2))
-    b = torch.tensor(_B, device=x.device)
+    b = torch.tensor(_B, dtype=torch.float32, device=x.device)
     return torch.einsum("ia,bcyxad,jd->bcyxij", b, framed.unfold(2, 4, 2).unfold(3, 4, 2), b).bfloat16().float()

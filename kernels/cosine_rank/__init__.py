@@ -187,7 +187,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _native_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = _rows(a), _rows(b)
-    out = torch.empty(a.shape[0])
+    out = torch.empty(a.shape[0], dtype=torch.float32)
     native_op(_OP).distance(
         a.data_ptr(),
         b.data_ptr(),
@@ -206,7 +206,7 @@ def _native_distance(a: Tensor, b: Tensor) -> Tensor:
 def _triton_distance(a: Tensor, b: Tensor) -> Tensor:
     from pbe_fast.kernels.cosine_rank import triton_kernel  # only here: importing pbe_fast must not load Triton
 
-    out = torch.empty(a.shape[0], device=a.device)
+    out = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     triton_kernel.distance(_rows(a), _rows(b), out)
     return out
 

@@ -19,7 +19,7 @@ class CosineRanker:
     def __init__(self, n_total: int, device: torch.device | str | None = None) -> None:
         if n_total < 0:
             raise ValueError(f"number of rows; got {n_total}; accepted: at least 0")
-        self._distances = torch.full((n_total,), torch.nan, device=device)
+        self._distances = torch.full((n_total,), torch.nan, dtype=torch.float32, device=device)
         # NaN cannot mark the rows still missing: it is also the distance of a non-finite row.
         self._seen = torch.zeros(n_total, dtype=torch.bool, device=device)
 

@@ -19,14 +19,16 @@ STREAM = 0x57415250  # "WARP"
 def control_field(control_size: int, seed: int) -> Tensor:
     """U(-1, 1) of shape (1, 2, k, k), divided by the mean of its absolute values; channel 0 is x."""
     generator = torch.Generator().manual_seed(seed)
-    field = torch.rand(1, 2, control_size, control_size, generator=generator) * 2 - 1
+    field = torch.rand(1, 2, control_size, control_size, dtype=torch.float32, generator=generator) * 2 - 1
     return field / field.abs().mean()
 
 
 def warp_grid(field: Tensor, height: int, width: int, warp_strength: float, grid_rescale: float) -> Tensor:
     """The sampling positions (H, W, 2): identity plus the upsampled field, in units of 1/H, rescaled and clamped."""
     upsampled = F.interpolate(field.float(), (height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    y, x = torch.meshgrid(
+        *(torch.linspace(-1, 1, size, dtype=torch.float32) for size in (height, width)), indexing="ij"
+    )
     identity = torch.stack((x, y), dim=-1)
     return ((identity + warp_strength * upsampled / height) * grid_rescale).clamp(-1, 1)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
 # How Algorithm 1 chooses its extra sets.
-_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share", "fragile_share", "leave_out")
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "label_floor", "steady_share", "fragile_share", "leave_out")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/
@@ -132,9 +131,6 @@ def purify(
         console.note("note: --refining-fractions changes nothing without --clean: --fractions has the rounds then")
     open_output(out, force=force)
 
-    if profile:
-        # Kineto, torch's profiler, announces itself on stderr; what it is told before torch is loaded holds.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import pbe_fast
     from pbe_fast import runs
     from pbe_fast.engine.precision import resolve_device

@@ -47,7 +47,7 @@ def draw_moves(count: int, height: int, kind: str, generator: torch.Generator) -
         reach = _reach(height)
         moves[:, :2] = torch.randint(-reach, reach + 1, (count, 2), generator=generator)
     if kind == "crop+flip":
-        moves[:, 2] = torch.rand(count, generator=generator) < 0.5
+        moves[:, 2] = torch.rand(count, dtype=torch.float32, generator=generator) < 0.5
     return moves
 
 

@@ -121,7 +121,9 @@ class Buffers:
         self._moves = torch.zeros(size, 3, dtype=torch.int16, device=device)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
-        self.images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+        self.images = torch.zeros(shape, dtype=torch.float32, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
         self.adversarial = torch.zeros_like(self.images)
 
     def load(self, batch: Batch) -> None:

@@ -90,7 +90,7 @@ def train_masks(
     neurons: Neurons, data: ImageSet, config: ANPConfig, generator: torch.Generator, *, show_progress: bool = False
 ) -> Tensor:
     """Masks that keep the loss low under the worst relative change of the neurons: (count,) in [0, 1]."""
-    masks = torch.ones(neurons.count, device=data.device, requires_grad=True)
+    masks = torch.ones(neurons.count, dtype=torch.float32, device=data.device, requires_grad=True)
     optimizer = torch.optim.SGD([masks], lr=config.mask_lr, momentum=_MASK_MOMENTUM)
     batches = endless_batches(len(data), config.batch_size, generator, device=data.device)
     batches = itertools.islice(batches, config.iterations)
@@ -118,7 +118,9 @@ def worst_change(
     Signed gradient steps from a random start in the box, and back into it.
     """
     eps = config.perturbation
-    both = ((torch.rand(2, neurons.count, generator=generator) * 2 - 1) * eps).to(masks.device, non_blocking=True)
+    both = ((torch.rand(2, neurons.count, dtype=torch.float32, generator=generator) * 2 - 1) * eps).to(
+        masks.device, non_blocking=True
+    )
     for _ in range(config.perturbation_steps):
         both.requires_grad_(True)
         loss = neurons.loss(images, labels, masks + both[0], 1 + both[1])

@@ -144,7 +144,7 @@ class Defense(ABC, Generic[C]):
         train_data: Any = None,
         config: C | None = None,
         seed: int = 0,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "auto",
         progress: bool = True,
     ) -> PurifyResult:
@@ -177,7 +177,7 @@ class Defense(ABC, Generic[C]):
         train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
         assert clean is not None
         check_model(model, clean.image_shape, clean.num_classes)
-        check_trainable(model)
+        check_trainable(model, clean.image_shape)
         check_batch(model, len(clean), "clean images")
         require_classes(clean)
         work = Work(model, clean.to(where), seed=seed, device=where, precision=precision, progress=progress)

@@ -12,6 +12,7 @@ from pbe_fast.baselines import NeuralCleanseConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.defenses.base import Defense, Work
 from pbe_fast.defenses.trigger_search import Triggers, search_triggers
+from pbe_fast.models import check_differentiable
 
 _MAX_PICTURES = 10
 # Makes the median absolute deviation of normally distributed figures an estimate of their standard deviation.
@@ -25,6 +26,7 @@ class NeuralCleanse(Defense[NeuralCleanseConfig]):
 
     def run(self, work: Work, config: NeuralCleanseConfig) -> None:
         """Search, look for outliers, unlearn."""
+        check_differentiable(work.infected, work.clean.image_shape)
         with work.step("trigger search") as entry:
             found = search_triggers(
                 work.infected, work.clean, config, generator=work.generator, dtype=work.dtype, progress=work.progress

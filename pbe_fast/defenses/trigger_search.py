@@ -129,7 +129,7 @@ def search_triggers(
     side_by_side = max(1, _MAX_PIXELS // (batch * height * width))
     groups = torch.arange(data.num_classes).split(side_by_side)
     # Uniform in mask and pattern; tanh of what is optimised keeps both in [0, 1].
-    start = torch.rand(data.num_classes, 1 + channels, height, width, generator=generator)
+    start = torch.rand(data.num_classes, 1 + channels, height, width, dtype=torch.float32, generator=generator)
     start = torch.atanh((start * 2 - 1) * (1 - 1e-4)).to(data.device)
     total = config.trigger_rounds * len(groups)
     with progress_bar(range(total), desc="trigger search", enabled=progress) as bar:
@@ -168,8 +168,8 @@ def _search_group(
         if not active:
             break
         where = torch.tensor(active, device=data.device)
-        cost = torch.tensor([schedules[i].cost for i in active], device=data.device)
-        figures = torch.zeros(2, len(active), device=data.device)
+        cost = torch.tensor([schedules[i].cost for i in active], dtype=torch.float32, device=data.device)
+        figures = torch.zeros(2, len(active), dtype=torch.float32, device=data.device)
         for _ in range(config.updates_per_round):
             images = to_input(data.images[next(batches)])
             masks, patterns = _unit(raw[where])

@@ -179,7 +179,7 @@ def _fold_into(target: nn.Module, conv: nn.Module, norm: nn.Module) -> None:
 
 def _agree(net: nn.Module, folded: nn.Module, shape: torch.Size, device: torch.device) -> bool:
     """Whether two models give two random images the same logits, up to the rounding of float32."""
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         with torch.no_grad():
             expected, got = net(images), folded(images)

@@ -76,7 +76,7 @@ def predict_logits(
                 for batch in _batches(images, start, size, device, streamed=streamed):
                     logits = model(to_input(batch).to(weights)).float()
                     if out is None:
-                        out = torch.empty(n, logits.shape[1], device=images.device)
+                        out = torch.empty(n, logits.shape[1], dtype=torch.float32, device=images.device)
                     out[start : start + len(logits)] = logits
                     start += len(logits)
                     bar.update(len(logits))

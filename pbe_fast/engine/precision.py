@@ -17,12 +17,14 @@ Precision = Literal["auto", "fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """The device to compute on; "auto" takes a GPU where there is one.
 
     Raises:
-        InputError: A device that this machine does not have.
+        InputError: A device that this machine does not have, or none at all.
     """
+    if not isinstance(device, str | torch.device):
+        raise InputError("device", got=repr(device), accepted='text such as "cuda:1", or a torch.device')
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,7 +33,7 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             "device",
-            got=f"{device!r} ({str(error).splitlines()[0]})",
+            got=f"{str(device)!r} ({str(error).splitlines()[0]})",
             accepted="auto, cpu, or cuda where there is a GPU",
         ) from error
     return torch.device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pbe_fast.engine.machine import Peak, measure_peak
 
 # Of each phase, so many calls of `record` are traced: a whole run would be gigabytes.
 _TRACED = 3
+_KINETO_LEVEL = "KINETO_LOG_LEVEL"
 
 _active: ContextVar[Profile | None] = ContextVar("pbe_fast.profile", default=None)
 
@@ -166,7 +168,8 @@ class Profile:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._tracer = torch.profiler.profile(activities=activities)
-        self._tracer.start()
+        with _quiet_kineto():
+            self._tracer.start()
         self._left = _TRACED
 
     def _stop_tracing(self) -> None:
@@ -189,9 +192,21 @@ class Profile:
             torch.cuda.synchronize(self._device)
 
 
+@contextmanager
+def _quiet_kineto() -> Iterator[None]:
+    """Kineto, torch's profiler, announces each start and stop on stderr; its level is read once, at its first start."""
+    told = _KINETO_LEVEL in os.environ
+    os.environ.setdefault(_KINETO_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if not told:
+            os.environ.pop(_KINETO_LEVEL, None)
+
+
 def count_flops(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> int:
     """Floating-point operations of a forward pass of one image, a multiplication and an addition counted as two."""
-    images = torch.zeros(1, *image_shape, device=device)
+    images = torch.zeros(1, *image_shape, dtype=torch.float32, device=device)
     copy = frozen_copy(model, device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy(images)

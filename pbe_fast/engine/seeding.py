@@ -37,7 +37,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         seed: Of the global generators of the CPU and of ``device``.
         device: Where the run computes.
 
-    Afterwards, also after an error, the global generators go on as if nothing had been drawn.
+    Afterwards, also after an error, the global generators go on as if nothing had been drawn. They are the process's:
+    of runs in several threads at a time, each draws from what another has seeded, and what is put back is not certain.
     """
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):

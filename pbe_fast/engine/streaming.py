@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,8 +11,21 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
+from pbe_fast.errors import InputError
+
 # Batches on the way beside the one that is worked on.
 _AHEAD = 2
+
+
+def check_limit(limit: object) -> None:
+    """Refuses a ``device_memory_limit`` that is none.
+
+    Raises:
+        InputError: Neither None nor a number of bytes, 0 or more.
+    """
+    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+    if limit is not None and not (number and limit >= 0):  # type: ignore[operator]
+        raise InputError("device_memory_limit", got=repr(limit), accepted="bytes, 0 or more, or None")
 
 
 def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:

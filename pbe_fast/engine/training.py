@@ -135,7 +135,7 @@ def _named(model: nn.Module, rewriting: Rewriting) -> dict[str, Any]:
 
 def _agree(twin: nn.Module, graph: fx.Graph, image_shape: tuple[int, ...]) -> bool:
     """Whether logits, and what the buffers come to, are the same up to the rounding of float32."""
-    images = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
+    images = torch.rand((4, *image_shape), dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     images = images.contiguous(memory_format=torch.channels_last)
     seen = []
     for formed in (False, True):

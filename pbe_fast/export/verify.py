@@ -235,7 +235,9 @@ def _sources(images: ImageSet, triggered: ImageSet | None, graph: Graph, batch_s
     sources = [_Source(IMAGES, _sizes(len(images), batch_size), images.floats)]
     if triggered is not None:
         sources.append(_Source(TRIGGERED, _sizes(len(triggered), batch_size), triggered.floats))
-    noise = torch.rand(sum(RANDOM_BATCHES), *graph.image_shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(
+        sum(RANDOM_BATCHES), *graph.image_shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)
+    )
     return [*sources, _Source(RANDOM, RANDOM_BATCHES, noise.__getitem__)]
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ from pbe_fast.export.graph import INPUT, OUTPUT, first_line, read_graph, require
 MIN_OPSET = 18
 # protobuf cannot hold more in one message.
 MAX_BYTES = 2**31 - 1
+# The exporter's loggers, with all below them; and a lock, as of two exports at a time one would put back the other's.
+_TALKATIVE = ("torch", "torch.__trace", "onnxscript", "onnx_ir")
+_silencing = threading.Lock()
 
 
 def export_onnx(
@@ -138,7 +142,7 @@ def _check_arguments(image_shape: object, metadata: Mapping[str, str] | None, op
 def _count_logits(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *image_shape))
+            logits = model(torch.zeros(2, *image_shape, dtype=torch.float32))
     except Exception as error:
         raise InputError(
             f"model on images of shape {image_shape}", got=first_line(error), accepted="a model of (B, C, H, W) images"
@@ -158,7 +162,7 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int], opset: int) -> A
             # Two images: with one, the tracer takes the batch for a constant.
             program = torch.onnx.export(
                 model,
-                (torch.zeros(2, *image_shape),),
+                (torch.zeros(2, *image_shape, dtype=torch.float32),),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -195,11 +199,15 @@ def _strip(proto: Any) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    """Inside, the exporter says nothing; what others log, or this thread's model does, goes its way."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    with _silencing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL + 1)
             yield
-    finally:
-        logging.disable(level)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

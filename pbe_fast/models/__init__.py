@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pbe_fast.models.adapters import batch_norms, conv_stages, features, last_linear, outputs_of
-from pbe_fast.models.check import check_batch, check_model, check_trainable
+from pbe_fast.models.check import check_batch, check_differentiable, check_model, check_module, check_trainable
 from pbe_fast.models.io import load_model, save_model
 from pbe_fast.models.normalized import Normalized
 from pbe_fast.models.preact_resnet import PreActResNet18
@@ -19,7 +19,9 @@ __all__ = [
     "build_from_spec",
     "build_model",
     "check_batch",
+    "check_differentiable",
     "check_model",
+    "check_module",
     "check_trainable",
     "conv_stages",
     "features",

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.errors import InputError, PBEWarning
 
 _BATCH = 2
+_DIFFERENTIABLE = "a forward pass without no_grad, detach, numpy or quantised weights between the two"
+
+
+def check_module(model: object, accepted: str = "a torch.nn.Module that returns logits (B, K)") -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        InputError: Anything else, a path or a state dict for one; it says that ``accepted`` was wanted.
+    """
+    if not isinstance(model, nn.Module):
+        hint = " (build the network, then load_state_dict)" if isinstance(model, dict) else ""
+        raise InputError("model", got=f"{type(model).__name__}{hint}", accepted=accepted)
+    return model
 
 
 def check_model(model: object, image_shape: tuple[int, int, int], num_classes: int) -> int:
@@ -34,9 +48,7 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
             ``num_classes``, or logits that are not finite.
     """
     accepted = f"a torch.nn.Module that returns logits (B, K), K of at least {num_classes}"
-    if not isinstance(model, nn.Module):
-        hint = " (build the network, then load_state_dict)" if isinstance(model, dict) else ""
-        raise InputError("model", got=f"{type(model).__name__}{hint}", accepted=accepted)
+    model = check_module(model, accepted)
     images = _probe(model, image_shape)
     shape = tuple(images.shape)
     try:
@@ -73,17 +85,60 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
     return int(logits.shape[1])
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a model that cannot be trained.
+def check_trainable(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a model that cannot be trained: one tiny batch goes through a copy of it in train mode.
+
+    Args:
+        model: One that `check_model` takes. Neither it nor the global random state is changed.
+        image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: A TorchScript model, or one without parameters.
+        InputError: A TorchScript or quantised model, one without parameters, one that cannot be copied, one that
+            returns no logits (B, K) in train mode (some networks have auxiliary outputs there), or logits that do not
+            depend on its parameters.
     """
     if isinstance(model, torch.jit.ScriptModule):
         got = f"a TorchScript model ({type(model).__name__})"
         raise InputError("model to train", got=got, accepted="the torch.nn.Module that it was made of")
+    if (name := _not_float(model)) is not None:
+        got = f"{type(model).__name__}, of which '{name}' holds whole numbers"
+        raise InputError("model to train", got=got, accepted="floating-point weights: the model before quantisation")
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise InputError("model to train", got=f"{type(model).__name__} without parameters", accepted="one with some")
+    images = _probe(model, image_shape).float()
+    copied = frozen_copy(model, images.device).train().requires_grad_(True)
+    what, accepted = "output of the model in train mode", "logits (B, K), as in eval mode, and nothing beside them"
+    with _failing("forward pass in train mode"), _drawing(images.device), torch.enable_grad():
+        logits: object = copied(images)
+    if not isinstance(logits, Tensor):
+        raise InputError(what, got=_describe(logits), accepted=accepted)
+    if logits.ndim != 2 or logits.shape[0] != _BATCH or not logits.is_floating_point():
+        raise InputError(what, got=f"{logits.dtype} of shape {tuple(logits.shape)}", accepted=accepted)
+    if not logits.requires_grad:
+        raise InputError(
+            "gradient of the model's logits with respect to its parameters", got="none", accepted=_DIFFERENTIABLE
+        )
+
+
+def check_differentiable(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a model that cannot be attacked, as its logits have no gradient with respect to the images.
+
+    Args:
+        model: One that `check_model` takes. Neither it nor the global random state is changed.
+        image_shape: (C, H, W) of the images it will see.
+
+    Raises:
+        InputError: There is no such gradient, its computation fails, or the model cannot be copied.
+    """
+    images = _probe(model, image_shape).float().requires_grad_(True)
+    copied = frozen_copy(model, images.device)
+    with _failing("gradient with respect to the images"), _drawing(images.device), torch.enable_grad():
+        logits = copied(images)
+        found = torch.autograd.grad(logits.sum(), images, allow_unused=True)[0] if logits.requires_grad else None
+    if found is None:
+        raise InputError(
+            "gradient of the model's logits with respect to the images", got="none", accepted=_DIFFERENTIABLE
+        )
 
 
 def check_batch(model: nn.Module, images: int, what: str) -> None:
@@ -105,8 +160,40 @@ def check_batch(model: nn.Module, images: int, what: str) -> None:
 def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (torch.device("cpu"), torch.float32)
-    images = torch.rand(_BATCH, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(_BATCH, *image_shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     return images.to(device=device, dtype=dtype)
+
+
+def _not_float(model: nn.Module) -> str | None:
+    """The name of a parameter, or of a quantised tensor of the state, that has no gradient."""
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            return name
+    for name, value in model.state_dict().items():
+        # torch.ao packs weight and bias in one tuple.
+        if any(
+            isinstance(part, Tensor) and part.is_quantized for part in (value if type(value) is tuple else (value,))
+        ):
+            return name
+    return None
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Whatever a foreign model raises inside, told in the package's words."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"the model's {what} fails",
+            got=f"{type(error).__name__}: {error}",
+            accepted="a model that works in it on a batch of two images",
+        ) from error
+
+
+def _drawing(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside changes no global random state."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager

@@ -36,8 +36,8 @@ class Normalized(nn.Module):
         if not all(map(math.isfinite, means + stds)) or min(stds) <= 0:
             raise InputError("mean and std", got=f"{means} and {stds}", accepted="finite numbers, std above 0")
         self.net = net
-        self.register_buffer("mean", torch.tensor(means).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(stds).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(means, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(stds, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) in [0, 1]."""

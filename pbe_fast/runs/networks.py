@@ -137,7 +137,7 @@ def measure(
     test: ImageSet | None,
     triggered: ImageSet | None = None,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> dict[str, float | None]:
@@ -159,7 +159,7 @@ def measure(
 
 
 def measure_cover(
-    infected: InfectedModel, test: ImageSet, *, device: str = "auto", progress: bool = True
+    infected: InfectedModel, test: ImageSet, *, device: str | torch.device = "auto", progress: bool = True
 ) -> dict[str, float | None] | None:
     """What an infected model says of test images that look triggered and should not trigger.
 
@@ -183,7 +183,7 @@ def rank_with(
     purified: nn.Module,
     data: ImageSet,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     progress: bool = True,
 ) -> Ranking:

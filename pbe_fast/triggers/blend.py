@@ -56,10 +56,10 @@ def draw_cat(height: int, width: int) -> Tensor:
     up to 11 % of CIFAR-10, and no defence can bring an attack success rate below what is no attack at all.
     """
     y, x = _unit_square(height, width)
-    canvas = torch.tensor([0.50, 0.30, 0.15]).view(3, 1, 1).expand(3, height, width).clone()
+    canvas = torch.tensor([0.50, 0.30, 0.15], dtype=torch.float32).view(3, 1, 1).expand(3, height, width).clone()
 
     def paint(inside: Tensor, r: float, g: float, b: float) -> None:
-        canvas[:, inside] = torch.tensor([r, g, b]).view(3, 1)
+        canvas[:, inside] = torch.tensor([r, g, b], dtype=torch.float32).view(3, 1)
 
     def ellipse(cx: float, cy: float, rx: float, ry: float) -> Tensor:
         return ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
@@ -85,12 +85,12 @@ def draw_rings(height: int, width: int) -> Tensor:
     """Coloured rings around a point off the centre, (3, height, width) float in [0, 1]."""
     y, x = _unit_square(height, width)
     radius = ((x - 0.3) ** 2 + (y + 0.2) ** 2).sqrt()
-    phases = torch.tensor([0.0, 2.1, 4.2]).view(3, 1, 1)
+    phases = torch.tensor([0.0, 2.1, 4.2], dtype=torch.float32).view(3, 1, 1)
     return 0.5 + 0.5 * torch.sin(12 * radius + phases)
 
 
 def _unit_square(height: int, width: int) -> tuple[Tensor, Tensor]:
-    y = (torch.arange(height) + 0.5) / height * 2 - 1
-    x = (torch.arange(width) + 0.5) / width * 2 - 1
+    y = (torch.arange(height, dtype=torch.float32) + 0.5) / height * 2 - 1
+    x = (torch.arange(width, dtype=torch.float32) + 0.5) / width * 2 - 1
     grid = torch.meshgrid(y, x, indexing="ij")
     return grid[0], grid[1]

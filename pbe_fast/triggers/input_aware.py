@@ -50,8 +50,8 @@ class InputAware(Trigger):
             raise InputError("width of the input_aware trigger", got=width, accepted=accepted)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.generator = EncoderDecoder(channels, channels, self.width)
-            self.mask_network = EncoderDecoder(channels, 1, self.width)
+            self.generator = EncoderDecoder(channels, channels, self.width).float()
+            self.mask_network = EncoderDecoder(channels, 1, self.width).float()
 
     def masks(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) in [0, 1], of (B, C, H, W) in [0, 1]; with gradients for the mask network where they are on."""

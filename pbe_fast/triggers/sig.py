@@ -38,7 +38,7 @@ class SIG(Trigger):
             raise InputError("frequency of the sig trigger", got=frequency, accepted="above 0")
         self.delta = delta
         self.frequency = frequency
-        columns = torch.arange(self.image_shape[2])
+        columns = torch.arange(self.image_shape[2], dtype=torch.float32)
         self._signal = delta * torch.sin(2 * math.pi * columns * frequency / self.image_shape[2])
 
     def _apply(self, images: Tensor, image_ids: Tensor | None) -> Tensor:

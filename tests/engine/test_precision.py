@@ -18,6 +18,15 @@ def test_device() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_a_device_may_be_torch_s_own() -> None:
+    assert resolve_device(CPU) == CPU
+    with pytest.raises(InputError, match="device; got 'meta'"):
+        resolve_device(torch.device("meta"))
+    for thing in (None, 3.5):
+        with pytest.raises(InputError, match=f'device; got {thing}; accepted: text such as "cuda:1"'):
+            resolve_device(thing)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(InputError, match=f"device; got '{name}'.*accepted: auto, cpu, or cuda"):

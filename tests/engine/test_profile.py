@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,6 +97,22 @@ def test_tracing_does_not_count(model: nn.Module, monkeypatch: pytest.MonkeyPatc
         for _ in range(4):
             profile.record(images=1, forwards=1)
     assert measured.rows()[0]["seconds"] < 0.4
+
+
+def test_nothing_is_said_of_the_tracing() -> None:
+    code = """
+import os, torch
+from torch import nn
+from pbe_fast.engine.profile import Profile
+measured = Profile(nn.Flatten(), (1, 2, 2), device=torch.device("cpu"), dtype=torch.float32)
+for name in "ab":
+    with measured.running(), measured.phase(name):
+        pass
+assert "KINETO_LOG_LEVEL" not in os.environ
+"""
+    env = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_error_ends_a_phase(model: nn.Module) -> None:

@@ -109,6 +109,26 @@ def test_the_model_and_the_process_are_as_before(tiny, tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Talking(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logging.getLogger("app").error("seen")
+        return self.net(x)
+
+
+def test_only_the_exporter_is_silent(tiny, tmp_path, caplog):
+    levels = [logging.getLogger(name).level for name in ("torch", "onnxscript", "onnx_ir")]
+    with caplog.at_level(logging.DEBUG):
+        export_onnx(Talking(tiny), tmp_path / "m.onnx", image_shape=SHAPE)
+    # Once to count the logits; then in the exporter, which may run it more than once.
+    assert len([record for record in caplog.records if record.name == "app"]) > 1
+    assert not [record for record in caplog.records if record.name.split(".")[0] in ("torch", "onnxscript", "onnx_ir")]
+    assert [logging.getLogger(name).level for name in ("torch", "onnxscript", "onnx_ir")] == levels
+
+
 def test_weights_sha256_sees_every_value(tiny):
     other = copy.deepcopy(tiny)
     assert weights_sha256(other) == weights_sha256(tiny)

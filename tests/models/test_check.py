@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.errors import InputError, PBEWarning
-from pbe_fast.models import SmallCNN, check_model
+from pbe_fast.models import SmallCNN, check_differentiable, check_model, check_trainable
 
 
 class Answers(nn.Module):
@@ -117,6 +117,85 @@ def test_scripted_models_pass_too() -> None:
     assert check_model(model, (1, 8, 8), 2) == 2
     assert model.training
     assert model.bn1.training
+
+
+class Around(nn.Module):
+    """A network, and what is made of it and the images."""
+
+    def __init__(self, answer: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(SmallCNN(3, width=2), nn.Dropout())
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(self.net, x)
+
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (lambda net, x: (net(x), net(x)) if net.training else net(x), "in train mode; got tuple of 2: Tensor, Tensor"),
+        (lambda net, x: {"out": net(x)} if net.training else net(x), "in train mode; got dict with the keys out"),
+        (lambda net, x: net(x)[0] if net.training else net(x), r"in train mode; got torch.float32 of shape \(3,\)"),
+        (lambda net, x: net(x, 1) if net.training else net(x), "forward pass in train mode fails; got TypeError"),
+        (lambda net, x: net(x).detach(), "logits with respect to its parameters; got none"),
+        (torch.no_grad()(lambda net, x: net(x)), "logits with respect to its parameters; got none"),
+        (lambda net, x: torch.from_numpy(net(x).detach().numpy()), "with respect to its parameters; got none"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(answer: Callable[..., object], text: str) -> None:
+    assert check_model(Around(answer), SHAPE, 3) == 3
+    with pytest.raises(InputError, match=text):
+        check_trainable(Around(answer), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (lambda net, x: net(x.detach()), "with respect to the images; got none; accepted: a forward pass without"),
+        (torch.no_grad()(lambda net, x: net(x)), "with respect to the images; got none"),
+        (lambda net, x: net(x.cpu().detach().clone().requires_grad_(True)), "with respect to the images; got none"),
+        (lambda net, x: net(torch.from_numpy(x.numpy())), "respect to the images fails; got RuntimeError"),
+    ],
+)
+def test_what_cannot_be_attacked_is_refused(answer: Callable[..., object], text: str) -> None:
+    assert check_model(Around(answer), SHAPE, 3) == 3
+    with pytest.raises(InputError, match=text):
+        check_differentiable(Around(answer), SHAPE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_models_are_refused() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(SmallCNN(3, width=2), {nn.Linear})
+    with pytest.raises(InputError, match=r"of which 'linear.*' holds whole numbers; accepted: floating-point weights"):
+        check_trainable(quantised, SHAPE)
+    with pytest.raises(InputError, match="with respect to the images"):
+        check_differentiable(quantised, SHAPE)
+
+
+@pytest.mark.parametrize("check", [check_trainable, check_differentiable])
+def test_those_checks_change_nothing(check: Callable[[nn.Module, tuple[int, int, int]], None]) -> None:
+    model = Around(lambda net, x: net(x)).train().requires_grad_(False)
+    model.net[0].bn2.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    check(model, SHAPE)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("check", [check_trainable, check_differentiable])
+def test_models_that_train_pass_whatever_their_dtype(check: Callable[..., None]) -> None:
+    pooled = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
+    for model in (pooled, SmallCNN(3, width=2).bfloat16(), SmallCNN(3, width=2).double(), SmallCNN(3, width=2).half()):
+        check(model, SHAPE)
+        with torch.no_grad():
+            check(model, SHAPE)
 
 
 @pytest.mark.gpu
