@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -180,16 +179,11 @@ def test_without_a_clean_set_all_rounds_of_the_paper(infected: Path, tmp_path: P
     assert all({"ap_of_poisoned", "ap_of_clean", "extra_set_poison_rate"} <= entry.keys() for entry in report["rounds"])
 
 
-def test_a_profile_is_printed_stored_and_traced(
-    infected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"})
+def test_a_profile_is_printed_stored_and_traced(infected: Path, tmp_path: Path) -> None:
     few = ("--fractions", 0.3, "--adversarial-steps", 2, "--clean-steps", 2, "--clean-epochs", 0, "--steps", 1)
     args = ("purify", "--model", infected, *few, "--out", tmp_path / "out", "--force")
     result = run(*args, "--profile", "--device-memory-limit", 0)
     assert result.exit_code == 0, result.output
-    # Torch's profiler would announce itself on stderr.
-    assert int(os.environ["KINETO_LOG_LEVEL"]) > 5
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     names = [row["phase"] for row in report["profile"]["phases"]]
     # Steady images are looked for, and labels left out, where no label attracts.

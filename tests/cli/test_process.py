@@ -114,7 +114,8 @@ def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143
-    assert stderr.splitlines()[-1] == b"interrupted: nothing half-written was left"
+    # Workers that are still starting may have a last word.
+    assert b"interrupted: nothing half-written was left" in stderr.splitlines()
 
 
 @pytest.mark.parametrize("module", ["click.globals", "pbe_fast.cli.options", "numpy.linalg", "torch.nn.functional"])

@@ -84,8 +84,11 @@ def test_the_seed_fixes_everything_and_the_training_set_changes_nothing(infected
     assert first.ranking is None and first.train_data is None
     wanted = rank_images(predict_logits(infected.model, train.images), predict_logits(second.model, train.images))
     assert second.ranking is not None and torch.equal(second.ranking.order, wanted.order)
-    other = run(method, infected.model, infected.clean, seed=1).model.state_dict()
-    assert any(not torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
+    # ANP may well prune the same few channels with another seed, but not with every other one.
+    others = (run(method, infected.model, infected.clean, seed=seed).model.state_dict() for seed in (1, 2, 3, 4))
+    assert any(
+        not torch.equal(value, other[name]) for other in others for name, value in first.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("method", DEFENSES)
