@@ -48,7 +48,7 @@ def initial_extra_set(
         fragility: (N,) where fragile images are to be left out, see `pbe_fast.steadiness`.
 
     Returns:
-        int64 indices.
+        int64 indices; of steady images up to one of each label more than ``fractions[0]`` says.
     """
     count = max(1, round(config.fractions[0] * len(labels)))
     candidates = torch.arange(len(labels), device=labels.device)
@@ -59,6 +59,10 @@ def initial_extra_set(
                 share = max(config.steady_share, count / len(trusted))
                 order = trusted[fragility[trusted].argsort(stable=True)]
                 candidates = first_of_each(order, labels, share, config.label_floor)
+                # Drawn label by label, so that none has less by chance.
+                return first_of_each(
+                    _drawn(candidates, len(candidates), generator), labels, count / len(candidates), 1.0
+                )
             else:
                 loss = F.cross_entropy(infected_logits, labels, reduction="none")
                 candidates = _hardest(loss, labels, trusted, config.hard_quantile, count)

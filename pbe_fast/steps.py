@@ -143,9 +143,11 @@ class Steps:
 
     def _look_for_forgotten(self, clean: ImageSet) -> None:
         """What a ranking sees in passing, where nothing is ranked."""
-        agreed, agrees = (
-            self._logits(net, clean, "clean images").argmax(1) == clean.labels for net in (self.infected, self.model)
-        )
+        with self._phase("clean images"):
+            agreed, agrees = (
+                self._logits(net, clean, "clean images").argmax(1) == clean.labels
+                for net in (self.infected, self.model)
+            )
         self.forgotten = forgotten_labels(clean.labels, agreed, agrees, clean.num_classes)
 
     def _infected_logits(self, train: ImageSet) -> Tensor:

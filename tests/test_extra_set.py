@@ -151,7 +151,7 @@ def test_the_steady_set_is_what_small_changes_move_least() -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         chosen = initial_extra_set(_scores(400), labels, SECOND, config, generator, fragility=fragile)
-        assert len(chosen) == len(chosen.unique()) == 40
+        assert 40 <= len(chosen) == len(chosen.unique()) <= 42
         seen |= set(chosen.tolist())
     # A fifth of the three labels' 300 images, drawn at random and not by how hard they are.
     others = (labels != 1).nonzero()[:, 0]

@@ -67,6 +67,8 @@ class Neurons:
 
     def __init__(self, model: nn.Module, names: list[str], dtype: torch.dtype, image_shape: tuple[int, ...]) -> None:
         self._model = training_form(model.train(), image_shape)
+        # A model may hold layers that its forward pass does not call.
+        self._used = {name for name, _ in self._model.named_parameters()}
         self._names = names
         self._dtype = dtype
         self._parameters = {key: p for name in names for key, p in _scaled_parameters(model, name)}
@@ -80,6 +82,7 @@ class Neurons:
             key: self._parameters[key] * factor
             for name, of_weight, of_bias in scales
             for key, factor in ((f"{name}.weight", of_weight), (f"{name}.bias", of_bias))
+            if key in self._used
         }
         with autocast(images.device, self._dtype):
             logits: Tensor = functional_call(self._model, changed, (images,))

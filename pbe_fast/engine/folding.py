@@ -178,15 +178,25 @@ def _fold_into(target: nn.Module, conv: nn.Module, norm: nn.Module) -> None:
 
 
 def _agree(net: nn.Module, folded: nn.Module, shape: torch.Size, device: torch.device) -> bool:
-    """Whether two models give two random images the same logits, up to the rounding of float32."""
+    """Whether two models give two random images the same logits and gradients, up to the rounding of float32."""
     images = torch.rand(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
+    seen = []
     try:
-        with torch.no_grad():
-            expected, got = net(images), folded(images)
-        return bool((expected - got).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1.0))
+        for model in (net, folded):
+            with torch.enable_grad():
+                leaf = images.clone().requires_grad_()
+                logits = model(leaf)
+                (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+            seen.append((logits.detach(), gradient))
     except Exception:
-        # Of a forward that asks an attribute of the batch normalisation that is no longer there, for one.
+        # Of a forward that asks an attribute of the batch normalisation that is no longer there, for one; or of one
+        # that has no gradient.
         return False
+    (expected, gradient), (got, own) = seen
+    if not bool((expected - got).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1.0)):
+        return False
+    # A ReLU may fall to the other side of zero.
+    return bool((gradient - own).norm() <= 0.05 * gradient.norm())
 
 
 def _hold_products(net: nn.Module, dtype: torch.dtype) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.engine.rewriting import Rewriting
 from pbe_fast.engine.tracing import is_untouched, trace
 from pbe_fast.kernels.batch_norm import batch_norm, is_fast
 
 _DTYPES = (torch.float32, torch.bfloat16)
+# What autocast computes in the short format.
+_PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm")
 
 
 class NormInTraining(nn.BatchNorm2d):
@@ -80,14 +84,11 @@ def _has_kernels(model: nn.Module) -> bool:
 
 
 def _followed(twin: nn.Module) -> fx.Graph | None:
-    names = _attributes(twin)
-    before = _dice()
+    before = _dice(), _attributes(twin)
     graph = trace(twin)
-    # What rolled dice while it was followed, as a layer that is left out at times, would not roll them any more; and a
-    # tensor that arose is none of the model's.
-    if graph is None or _dice() != before or _attributes(twin) != names:
-        return None
-    return graph
+    # What rolled dice while it was followed, as a layer that is left out at times, would not roll them any more, and
+    # what counted its calls would not count; a tensor that arose is none of the model's.
+    return graph if (_dice(), _attributes(twin)) == before else None
 
 
 def _dice() -> tuple[object, ...]:
@@ -95,8 +96,13 @@ def _dice() -> tuple[object, ...]:
     return random.getstate(), np.asarray(key).tobytes(), tuple(position), torch.get_rng_state().numpy().tobytes()
 
 
-def _attributes(net: nn.Module) -> set[str]:
-    return {f"{name}.{key}" for name, module in net.named_modules() for key in vars(module)}
+def _attributes(net: nn.Module) -> dict[str, object]:
+    """The names of all that the modules hold, and the values of what is plain."""
+    return {
+        f"{name}.{key}": value if isinstance(value, str | int | float | None) else None
+        for name, module in net.named_modules()
+        for key, value in vars(module).items()
+    }
 
 
 def _form(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule | None:
@@ -134,18 +140,68 @@ def _named(model: nn.Module, rewriting: Rewriting) -> dict[str, Any]:
 
 
 def _agree(twin: nn.Module, graph: fx.Graph, image_shape: tuple[int, ...]) -> bool:
-    """Whether logits, and what the buffers come to, are the same up to the rounding of float32."""
+    """Whether a step does the same to both: logits, buffers and gradients up to rounding, products in the same dtypes.
+
+    What forward does beside calling modules and functions is not in the graph: where it takes no gradient, or one of
+    its own, or none of autocast, a model cannot be followed.
+    """
+    exact = [_seen(net, own, image_shape) for net, own in _both(twin, graph)]
+    if not _close(exact[0].values, exact[1].values, 1e-3) or not _close(exact[0].grads, exact[1].grads, 0.05):
+        return False
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        own, formed = (_seen(net, own, image_shape).products for net, own in _both(twin, graph))
+    return own == formed
+
+
+class _Seen(NamedTuple):
+    """Of a forward and a backward pass."""
+
+    # Logits, and what the buffers come to.
+    values: list[Tensor]
+    # Of the parameters.
+    grads: list[Tensor | None]
+    products: list[tuple[str, torch.dtype]]
+
+
+class _Products(TorchDispatchMode):
+    """Notes in which dtypes products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            self.seen.append((name, next(a.dtype for a in args if isinstance(a, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def _both(twin: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """A copy, and the form of another one with that copy."""
+    plain, other = copy.deepcopy(twin), copy.deepcopy(twin)
+    yield plain, plain
+    yield _form(other, twin, graph) or other, other
+
+
+def _seen(net: nn.Module, own: nn.Module, image_shape: tuple[int, ...]) -> _Seen:
     images = torch.rand((4, *image_shape), dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     images = images.contiguous(memory_format=torch.channels_last)
-    seen = []
-    for formed in (False, True):
-        own = copy.deepcopy(twin)
-        net = _form(own, twin, graph) if formed else own
-        if net is None:
-            return False
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            seen.append([net(images), *(buffer.float() for buffer in own.buffers())])
-    return all(
-        (a - b).abs().max() <= 1e-3 * a.abs().max().clamp_min(1.0) for a, b in zip(*seen, strict=True) if a.numel()
-    )
+    own.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _Products() as products:
+        # Not torch.manual_seed, which would seed GPUs as well.
+        torch.default_generator.manual_seed(0)
+        logits = net(images).float()
+        logits.square().mean().backward()
+    values = [logits.detach(), *(buffer.float() for buffer in own.buffers())]
+    return _Seen(values, [parameter.grad for parameter in own.parameters()], products.seen)
+
+
+def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None], tolerance: float) -> bool:
+    """Whether each is about its counterpart, and none is missing on one side only."""
+    if any((a is None) != (b is None) for a, b in zip(some, others, strict=True)):
+        return False
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a is not None and b is not None and a.numel()]
+    # A bias before a normalisation has no gradient but rounding.
+    least = max((float(a.norm()) for a, _ in pairs), default=0.0) * 1e-3
+    return all(float((a - b).norm()) <= tolerance * max(float(a.norm()), least) for a, b in pairs)

@@ -121,6 +121,36 @@ def test_hooks_and_float32_are_left_alone() -> None:
     assert seen and type(hooked.net.get_submodule("layer1.0.conv1")) is nn.Conv2d
 
 
+class Rounded(torch.autograd.Function):
+    """Its gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (x * 16).round() / 16
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+class StraightThrough(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(Rounded.apply(self.stem(x)))).mean((2, 3)))
+
+
+def test_a_gradient_of_its_own_is_kept() -> None:
+    torch.manual_seed(0)
+    model = StraightThrough()
+    copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    assert not copied.is_fused
+    images = torch.rand(2, *SHAPE)
+    assert distance(gradient(copied, images), gradient(model, images)) < 0.05
+
+
 def test_it_is_not_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(attacker, "worth_compiling", lambda *_: True)

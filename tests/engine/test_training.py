@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pbe_fast.config import FineTuneConfig
 from pbe_fast.data import ImageSet
@@ -127,6 +128,47 @@ class Frozen(nn.Module):
         return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
+class Beside(nn.Module):
+    """Does something beside calling modules and functions between a convolution and a normalisation."""
+
+    def __init__(self, between: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.between(self.conv, x))).mean((2, 3)))
+
+
+class Rounded(torch.autograd.Function):
+    """Its gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (x * 16).round() / 16
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+def without_gradient(conv: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return conv(x)
+
+
+def in_float32(conv: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return conv(x)
+
+
+class Counting(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (2.0 if self.calls > 100 else 1.0)
+
+
 def without_momentum() -> nn.Module:
     model = made("small_cnn")
     for module in model.modules():
@@ -149,14 +191,37 @@ def hooked() -> nn.Module:
         Frozen,
         without_momentum,
         hooked,
+        lambda: Beside(lambda conv, x: Rounded.apply(conv(x))),
+        lambda: Beside(without_gradient),
+        lambda: Beside(in_float32),
+        lambda: Beside(lambda conv, x: checkpoint(conv, x, use_reentrant=True)),
+        lambda: Counting(lambda conv, x: conv(x)),
         lambda: made("small_cnn").double(),
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 10)),
     ],
-    ids=["random", "torch", "frozen", "momentum", "hook", "float64", "nothing"],
+    ids=[
+        "random",
+        "torch",
+        "frozen",
+        "momentum",
+        "hook",
+        "own gradient",
+        "no gradient",
+        "no autocast",
+        "checkpoint",
+        "counter",
+        "float64",
+        "nothing",
+    ],
 )
 def test_what_cannot_be_followed_trains_as_it_is(make: Callable[[], nn.Module]) -> None:
     model = make()
     assert training_form(model, SHAPE) is model
+
+
+def test_a_plain_model_of_that_kind_is_followed() -> None:
+    model = Beside(lambda conv, x: conv(x))
+    assert training_form(model, SHAPE) is not model
 
 
 def test_other_images_go_the_usual_way() -> None:
