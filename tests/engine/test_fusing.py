@@ -148,7 +148,8 @@ def test_a_gradient_of_its_own_is_kept() -> None:
     copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     assert not copied.is_fused
     images = torch.rand(2, *SHAPE)
-    assert distance(gradient(copied, images), gradient(model, images)) < 0.05
+    # Of bfloat16; without the gradient of its own there would be none, at a distance of one.
+    assert distance(gradient(copied, images), gradient(model, images)) < 0.3
 
 
 def test_it_is_not_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
