@@ -11,7 +11,15 @@ from torch import Tensor
 from pbe_fast.attraction import attack_counts, attracting_labels
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
-from pbe_fast.ranking import FEWEST_LABELS, Ranking, changed_labels, label_distances, poisoned_share, rank_distances
+from pbe_fast.ranking import (
+    FEWEST_LABELS,
+    Ranking,
+    changed_labels,
+    label_ahead,
+    label_distances,
+    poisoned_share,
+    rank_distances,
+)
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
 from pbe_fast.steps import Steps
@@ -51,9 +59,10 @@ class Run(Steps):
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
             changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
-            if int(suspects.sum()) != 1:
-                # Else nothing of the other labels is poisoned: later rounds need not keep to steady images. The first
-                # one does all the same, as the label may have stood out by chance.
+            if int(suspects.sum()) == 1:
+                # Nothing of the other labels is poisoned then: no need to keep to steady images.
+                fragile = None
+            else:
                 steady = torch.zeros_like(fragile, dtype=torch.bool)
                 share, floor = 1 - self.config.fragile_share, self.config.label_floor
                 steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
@@ -162,7 +171,8 @@ class Run(Steps):
             desc = f"without half of the labels, {half + 1} of 2"
             self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
-            forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
+            distances = label_distances(ranking, train.labels, train.num_classes) * left_out
+            forgotten |= changed_labels(distances) | label_ahead(distances)
         self.model.load_state_dict(self.infected.state_dict())
         return forgotten
 

@@ -46,8 +46,8 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_the_one_that_changed(
     assert [(distances > 0).nonzero()[:, 0].tolist() for distances in asked[:2]] == seen.left_out[:2]
     assert all(entry["labels_apart"] == [6] for entry in result.history)
     assert [entry["round"] for entry in result.history] == [0, 1, 2]
-    # Later sets are of all images once a label is found; the infected model teaches as long as one is left out.
-    assert seen.fragile == [True] and seen.steady == [False, False]
+    # No set keeps to steady images once a label is found; the infected model teaches as long as one is left out.
+    assert seen.fragile == [False] and seen.steady == [False, False]
     assert seen.taught == [True, True, True, False, False]
     assert seen.unchanged_at_start == [True, True, True, False, False]
     # What it takes is told apart from the rounds.

@@ -10,6 +10,7 @@ from torch import Tensor
 from pbe_fast.ranking import (
     Ranking,
     changed_labels,
+    label_ahead,
     label_distances,
     otsu_threshold,
     poisoned_share,
@@ -149,3 +150,12 @@ def test_the_mean_distance_of_each_label() -> None:
 )
 def test_labels_that_changed_far_more_than_others(distances: list[float], changed: list[int]) -> None:
     assert changed_labels(torch.tensor(distances, dtype=torch.float64)).nonzero()[:, 0].tolist() == changed
+
+
+def test_one_label_may_be_far_ahead_of_all_others() -> None:
+    def ahead(*distances: float) -> list[int]:
+        return label_ahead(torch.tensor(distances)).nonzero()[:, 0].tolist()
+
+    assert ahead(0.281, 0, 0.119, 0, 0.076, 0, 0.118, 0, 0.083, 0) == [0]
+    assert ahead(0.240, 0, 0.175, 0, 0.112, 0, 0.179, 0, 0.135, 0) == []
+    assert ahead(0.1, 0.1, 0.5, 0.5) == [] and ahead(0.5, 0.1, 0.1, 0) == []
