@@ -118,7 +118,8 @@ def label_ahead(distances: Tensor) -> Tensor:
     first, second = distances.topk(2).values.tolist()
     if int((distances > 0).sum()) < FEWEST_LABELS or first <= _AHEAD * second:
         return torch.zeros_like(distances, dtype=torch.bool)
-    return distances >= first
+    ahead: Tensor = distances >= first
+    return ahead
 
 
 def rank_images(infected_logits: Tensor, purified_logits: Tensor) -> Ranking:
