@@ -102,6 +102,13 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
+def implement(name: str, *, reference: Any, cpu: Any, fake: Any) -> None:
+    """Registers an operator of `LIB`: its reference for all devices, another version for CPUs, its shapes alone."""
+    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    LIB.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"pbe_fast::{name}", fake, lib=LIB)
+
+
 def below_autograd(op: Any, *arguments: Any) -> torch.Tensor:
     """What an operator computes, without its own gradient."""
     with torch._C._AutoDispatchBelowAutograd():

@@ -129,9 +129,7 @@ _NOTHING = Version(_empty, _empty)
 _cpu = _NATIVE if backends.missing("affine_relu", "native") is None else _REFERENCE
 
 for _name, _form in (("affine_relu", _forward), ("affine_relu_backward", _backward)):
-    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
-    backends.LIB.impl(_name, _form(_cpu), "CPU")
-    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+    backends.implement(_name, reference=_form(_REFERENCE), cpu=_form(_cpu), fake=_form(_NOTHING))
 
 
 _op = torch.ops.pbe_fast.affine_relu.default

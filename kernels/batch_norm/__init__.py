@@ -21,11 +21,22 @@ backends.LIB.define(
 )
 
 
+class Norm(NamedTuple):
+    """What both operations work on."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    relu: bool
+
+
 class Version(NamedTuple):
     """One version of the two operations, for checked tensors."""
 
-    forward: Callable[..., Three]
-    backward: Callable[..., Three]
+    forward: Callable[[Norm], Three]
+    # Of a gradient, and the mean and variance of the forward pass.
+    backward: Callable[[Tensor, Norm, Tensor, Tensor], Three]
 
 
 def batch_norm(
@@ -85,35 +96,21 @@ def _check(x: Tensor, **channels: Tensor | None) -> None:
             raise ValueError(f"{name}; got {got}; accepted: float32 ({x.shape[1]},) on {x.device}")
 
 
-def _native_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
-    y, mean, variance = _like(x), _channels(x), _channels(x)
-    rows, weight, bias = backends.channels_last(x), _dense(weight), _dense(bias)
+def _native_forward(norm: Norm) -> Three:
+    y, mean, variance = out = _nothing(norm)
+    norm = _laid_out(norm)
     backends.native_op("batch_norm").run(
-        *_job(rows, weight, bias, eps, relu),
-        y.data_ptr(),
-        mean.data_ptr(),
-        variance.data_ptr(),
-        torch.get_num_threads(),
+        *_job(norm), y.data_ptr(), mean.data_ptr(), variance.data_ptr(), torch.get_num_threads()
     )
-    return y, mean, variance
+    return out
 
 
-def _native_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    relu: bool,
-) -> Three:
-    grad_x, grad_weight, grad_bias = _like(x), _channels(x), _channels(x)
-    rows, weight, bias = backends.channels_last(x), _dense(weight), _dense(bias)
-    grads, mean, variance = backends.channels_last(grad), mean.contiguous(), variance.contiguous()
+def _native_backward(grad: Tensor, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
+    grad_x, grad_weight, grad_bias = out = _nothing(norm)
+    norm, grad, mean, variance = _laid_out(norm), backends.channels_last(grad), mean.contiguous(), variance.contiguous()
     backends.native_op("batch_norm").backward(
-        *_job(rows, weight, bias, eps, relu),
-        grads.data_ptr(),
+        *_job(norm),
+        grad.data_ptr(),
         mean.data_ptr(),
         variance.data_ptr(),
         grad_x.data_ptr(),
@@ -121,77 +118,74 @@ def _native_backward(
         grad_bias.data_ptr(),
         torch.get_num_threads(),
     )
-    return grad_x, grad_weight, grad_bias
+    return out
 
 
-def _job(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Any, ...]:
-    batch, channels, height, width = rows.shape
-    addresses = [0 if values is None else values.data_ptr() for values in (weight, bias)]
-    code = backends.DTYPE_CODE[rows.dtype]
-    return rows.data_ptr(), *addresses, code, batch * height * width, channels, eps, relu
+def _laid_out(norm: Norm) -> Norm:
+    """As the native version reads it: channels side by side, weight and bias dense."""
+    return norm._replace(x=backends.channels_last(norm.x), weight=_dense(norm.weight), bias=_dense(norm.bias))
+
+
+def _job(norm: Norm) -> tuple[Any, ...]:
+    batch, channels, height, width = norm.x.shape
+    addresses = [0 if values is None else values.data_ptr() for values in (norm.weight, norm.bias)]
+    code = backends.DTYPE_CODE[norm.x.dtype]
+    return norm.x.data_ptr(), *addresses, code, batch * height * width, channels, norm.eps, norm.relu
 
 
 def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _nothing(norm: Norm) -> Three:
+    x = norm.x
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, _channels(x), _channels(x)
 
 
 def _channels(x: Tensor) -> Tensor:
     return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
 
 
-def _nothing(x: Tensor, *_: Any) -> Three:
-    return _like(x), _channels(x), _channels(x)
+def _reference_forward(norm: Norm) -> Three:
+    y, mean, variance = reference.batch_norm(*norm)
+    return y.contiguous(memory_format=torch.channels_last), mean, variance
 
 
-def _channels_last(run: Callable[..., Three]) -> Callable[..., Three]:
-    def call(*arguments: Any) -> Three:
-        images, first, second = run(*arguments)
-        return images.contiguous(memory_format=torch.channels_last), first, second
-
-    return call
+def _reference_backward(grad: Tensor, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
+    x, weight, bias, eps, relu = norm
+    grad_x, grad_weight, grad_bias = reference.batch_norm_backward(grad, x, weight, bias, mean, variance, eps, relu)
+    return grad_x.contiguous(memory_format=torch.channels_last), grad_weight, grad_bias
 
 
 def _forward(version: Version) -> Callable[..., Three]:
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
-        _check(x, weight=weight, bias=bias)
-        return version.forward(x, weight, bias, eps, relu)
+    def call(*arguments: Any) -> Three:
+        norm = Norm(*arguments)
+        _check(norm.x, weight=norm.weight, bias=norm.bias)
+        return version.forward(norm)
 
     return call
 
 
 def _backward(version: Version) -> Callable[..., Three]:
-    def call(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-    ) -> Three:
+    def call(grad: Tensor, *arguments: Any) -> Three:
+        x, weight, bias, mean, variance, eps, relu = arguments
         _check(x, weight=weight, bias=bias, mean=mean, variance=variance)
         if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
             got = f"{grad.dtype} {tuple(grad.shape)} on {grad.device}"
             raise ValueError(f"grad; got {got}; accepted: as x, {x.dtype} {tuple(x.shape)} on {x.device}")
-        return version.backward(grad, x, weight, bias, mean, variance, eps, relu)
+        return version.backward(grad, Norm(x, weight, bias, eps, relu), mean, variance)
 
     return call
 
 
-_REFERENCE = Version(_channels_last(reference.batch_norm), _channels_last(reference.batch_norm_backward))
+_REFERENCE = Version(_reference_forward, _reference_backward)
 _NATIVE = Version(_native_forward, _native_backward)
-_NOTHING = Version(_nothing, lambda grad, x, *_: _nothing(x))
+_NOTHING = Version(_nothing, lambda grad, norm, *_: _nothing(norm))
 _cpu = _NATIVE if is_fast() else _REFERENCE
 
 for _name, _form in (("batch_norm", _forward), ("batch_norm_backward", _backward)):
-    backends.LIB.impl(_name, _form(_REFERENCE), "CompositeExplicitAutograd")
-    backends.LIB.impl(_name, _form(_cpu), "CPU")
-    torch.library.register_fake(f"pbe_fast::{_name}", _form(_NOTHING), lib=backends.LIB)
+    backends.implement(_name, reference=_form(_REFERENCE), cpu=_form(_cpu), fake=_form(_NOTHING))
 
 
 _op = torch.ops.pbe_fast.batch_norm.default

@@ -118,9 +118,7 @@ def _conv(version: Version) -> Callable[..., Tensor]:
 _cpu = NATIVE if is_fast() else REFERENCE
 
 for _name, _form in (("conv3x3_pack", _pack), ("conv3x3", _conv)):
-    backends.LIB.impl(_name, _form(REFERENCE), "CompositeExplicitAutograd")
-    backends.LIB.impl(_name, _form(_cpu), "CPU")
-    torch.library.register_fake(f"pbe_fast::{_name}", _form(NOTHING), lib=backends.LIB)
+    backends.implement(_name, reference=_form(REFERENCE), cpu=_form(_cpu), fake=_form(NOTHING))
 
 _op = torch.ops.pbe_fast.conv3x3.default
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from straight_through import Rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,18 +120,6 @@ def test_hooks_and_float32_are_left_alone() -> None:
     hooked = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     hooked(torch.rand(1, *SHAPE))
     assert seen and type(hooked.net.get_submodule("layer1.0.conv1")) is nn.Conv2d
-
-
-class Rounded(torch.autograd.Function):
-    """Its gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return (x * 16).round() / 16
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad
 
 
 class StraightThrough(nn.Module):

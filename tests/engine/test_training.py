@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from straight_through import Rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -139,18 +140,6 @@ class Beside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.norm(self.between(self.conv, x))).mean((2, 3)))
-
-
-class Rounded(torch.autograd.Function):
-    """Its gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return (x * 16).round() / 16
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad
 
 
 def without_gradient(conv: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -192,16 +192,21 @@ def test_keys_of_another_network_are_shown(model: nn.Module, tmp_path: Path) -> 
     assert "linear layer" not in str(caught.value)
 
 
-def test_an_own_network_with_the_names_of_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"wrapped_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(
-        "from pbe_fast.models import Normalized, SmallCNN\ndef make():\n"
-        "    return Normalized(SmallCNN(4, 1, 3), [0.5], [0.25])\n"
+def wrapped(folder: Path, monkeypatch: pytest.MonkeyPatch, signature: str, of: str) -> str:
+    """A user's function that returns a `Normalized`, in a module of its own; its name as --arch takes it."""
+    module = f"wrapped_{folder.name}"
+    (folder / f"{module}.py").write_text(
+        f"from pbe_fast.models import Normalized, SmallCNN\ndef {signature}: return Normalized({of})\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    net = build_model(f"{name}:make", num_classes=4)
+    monkeypatch.syspath_prepend(str(folder))
+    return f"{module}:{signature.partition('(')[0]}"
+
+
+def test_an_own_network_with_the_names_of_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = wrapped(tmp_path, monkeypatch, "make()", "SmallCNN(4, 1, 3), [0.5], [0.25]")
+    net = build_model(arch, num_classes=4)
     torch.save({f"model.{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
-    loaded, spec = load_model(tmp_path / "w.pt", arch=f"{name}:make", num_classes=4, in_channels=1)
+    loaded, spec = load_model(tmp_path / "w.pt", arch=arch, num_classes=4, in_channels=1)
     assert_same_state(loaded, net)
     assert spec.mean is None
 
@@ -282,12 +287,7 @@ def test_a_config_cannot_make_us_import_code(tmp_path: Path, monkeypatch: pytest
 
 
 def test_user_wrapper_with_our_names_is_not_wrapped_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"wrapper_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(
-        "from pbe_fast.models import Normalized, SmallCNN\n"
-        "def net(num_classes): return Normalized(SmallCNN(num_classes), [0.5], [0.5])\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    model = build_model(f"{name}:net", num_classes=3)
+    arch = wrapped(tmp_path, monkeypatch, "net(num_classes)", "SmallCNN(num_classes), [0.5], [0.5]")
+    model = build_model(arch, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    assert_same_state(load_model(tmp_path / "w.pt", arch=f"{name}:net")[0], model)
+    assert_same_state(load_model(tmp_path / "w.pt", arch=arch)[0], model)
