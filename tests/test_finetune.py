@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -17,10 +16,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.finetune import (
     DivergedError,
     FineTuner,
-    balanced_batches,
-    endless_batches,
     learning_rate_factor,
-    steps_per_epoch,
 )
 from pbe_fast.pgd import pgd_attack
 
@@ -51,32 +47,6 @@ def network(seed: int = 0) -> nn.Module:
 
 def tuner(model: nn.Module, config: FineTuneConfig, steps: int, seed: int = 7, **more: object) -> FineTuner:
     return FineTuner(model, config, total_steps=steps, generator=torch.Generator().manual_seed(seed), **more)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (7, 7), (8, 7), (100, 32), (129, 128), (1000, 128)])
-def test_batches_hold_every_image_once_and_differ_by_one_at_most(n: int, batch_size: int) -> None:
-    batches = list(balanced_batches(n, batch_size, torch.Generator().manual_seed(0)))
-    sizes = [len(b) for b in batches]
-    assert sorted(torch.cat(batches).tolist()) == list(range(n))
-    assert max(sizes) <= batch_size
-    assert max(sizes) - min(sizes) <= 1
-    assert len(batches) == steps_per_epoch(n, batch_size) == -(-n // batch_size)
-
-
-def test_the_order_of_the_batches_is_random_and_comes_from_the_generator() -> None:
-    first, again, other = (
-        torch.cat(list(balanced_batches(50, 8, torch.Generator().manual_seed(s)))).tolist() for s in (0, 0, 1)
-    )
-    assert first == again
-    assert first != other
-    assert first != sorted(first)
-
-
-def test_endless_batches_go_pass_after_pass_each_in_another_order() -> None:
-    batches = list(islice(endless_batches(10, 4, torch.Generator().manual_seed(0)), 9))
-    passes = [torch.cat(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
-    assert all(sorted(p) == list(range(10)) for p in passes)
-    assert passes[0] != passes[1] != passes[2]
 
 
 def test_the_learning_rate_is_a_half_cosine() -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.data import ImageSet
 from pbe_fast.data.augment import draw_moves, move
-from pbe_fast.data.feeding import Buffers, draw_batches, endless_batches
+from pbe_fast.data.feeding import Buffers, balanced_batches, draw_batches, endless_batches, steps_per_epoch
 
 CPU = torch.device("cpu")
 # In place of a GPU, where only it is of interest what is sent there and when.
@@ -92,3 +92,29 @@ def test_an_order_is_sent_once_in_a_pass(data: ImageSet) -> None:
         batches = list(islice(endless_batches(19, 8, torch.Generator(), device=ELSEWHERE), 6))
     assert {batch.device for batch in batches} == {ELSEWHERE}
     assert sent.count == 2
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (7, 7), (8, 7), (100, 32), (129, 128), (1000, 128)])
+def test_batches_hold_every_image_once_and_differ_by_one_at_most(n: int, batch_size: int) -> None:
+    batches = list(balanced_batches(n, batch_size, torch.Generator().manual_seed(0)))
+    sizes = [len(b) for b in batches]
+    assert sorted(torch.cat(batches).tolist()) == list(range(n))
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert len(batches) == steps_per_epoch(n, batch_size) == -(-n // batch_size)
+
+
+def test_the_order_of_the_batches_is_random_and_comes_from_the_generator() -> None:
+    first, again, other = (
+        torch.cat(list(balanced_batches(50, 8, torch.Generator().manual_seed(s)))).tolist() for s in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert first != sorted(first)
+
+
+def test_endless_batches_go_pass_after_pass_each_in_another_order() -> None:
+    batches = list(islice(endless_batches(10, 4, torch.Generator().manual_seed(0)), 9))
+    passes = [torch.cat(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
+    assert all(sorted(p) == list(range(10)) for p in passes)
+    assert passes[0] != passes[1] != passes[2]
