@@ -45,27 +45,40 @@ def write_report(results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         results: As `read_results` has them, oldest first.
         folder: Where to write.
     """
-    newest: dict[str, Mapping[str, Any]] = {}
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if result["scale"] != "tiny":
-            newest[f"{result['kind']}{'' if result['scale'] == 'normal' else ', full scale'}"] = result
+            full = "" if result["scale"] == "normal" else ", full scale"
+            kinds.setdefault(f"{result['kind']}{full}", []).append(result)
     blocks = [INTRO]
-    for number, (kind, result) in enumerate(newest.items()):
+    for number, (kind, history) in enumerate(kinds.items()):
         stem = "benchmarks" if number == 0 else f"benchmarks-{number + 1}"
-        history = [r for r in results if (r["kind"], r["scale"]) == (result["kind"], result["scale"])]
-        blocks += _section(kind, result, history, folder, stem)
+        blocks += _section(kind, history, folder, stem)
     return write_text(folder / "benchmarks.md", "\n\n".join(blocks) + "\n")
 
 
-def _section(
-    kind: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], folder: Path, stem: str
-) -> list[str]:
-    fields = [case for case in result["cases"] if "runs" in case]
+def newest_cases(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last record of every case, with ``measured``: its date and commit. A run may have measured a few of them.
+
+    Args:
+        history: Results of one kind of machine, oldest first.
+    """
+    newest: dict[str, Mapping[str, Any]] = {}
+    for result in history:
+        for case in result["cases"]:
+            commit = case.get("commit") or result["commit"]
+            newest[case["name"]] = {**case, "measured": f"{result['date'][:10]}, {str(commit)[:7]}"}
+    return list(newest.values())
+
+
+def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem: str) -> list[str]:
+    cases, result = newest_cases(history), history[-1]
+    fields = [case for case in cases if "runs" in case]
     machine, versions = result["machine"], result["versions"]
     blocks = [
         f"## {kind}",
-        f"{result['date'][:10]}, commit {str(result['commit'])[:12]}, seed {result['seed']}, {machine['cores']} cores, "
-        f"torch {versions['torch']}, Python {versions['python']}.",
+        f"Last run {result['date'][:10]}, seed {result['seed']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"Python {versions['python']}. Of every case the last record, with its date and commit.",
     ]
     if fields:
         draw_ratios(folder / f"{stem}-ratios.png", fields)
@@ -77,24 +90,25 @@ def _section(
             f"![Throughput by commit]({stem}-history.png)",
         ]
     for case in fields:
-        blocks += [f"### {title(case)}", _runs_table(case)]
+        blocks += [f"### {title(case)}", f"{case['measured']}.", _runs_table(case)]
         if "quality" in case:
             blocks.append(_quality_table(case))
         blocks += _shortfalls(case)
-    growth = [case for case in result["cases"] if "slope" in case]
+    growth = [case for case in cases if "slope" in case]
     for case in growth:
         peaks = case["peak_mib"]
         rows = [[f"{int(n):,}", f"{seconds:.2f}", _or_dash(peaks[n])] for n, seconds in case["seconds"].items()]
         blocks += [
             "### Growth with the number of images",
-            f"Slope of log(seconds) by log(N): {case['slope']:.3f} (goal: at most {case['promised_slope']}).",
+            f"{case['measured']}. Slope of log(seconds) by log(N): {case['slope']:.3f} (goal: at most "
+            f"{case['promised_slope']}).",
             table(["images", "seconds", "peak MiB"], rows),
         ]
-    whole = [case for case in result["cases"] if "goal_seconds" in case]
+    whole = [case for case in cases if "goal_seconds" in case]
     if whole:
         rows = [[k, f"{s:.2f}", f"{c['goal_seconds']:.1f}"] for c in whole for k, s in c["seconds"].items()]
         blocks += ["### Whole runs", table(["run", "seconds", "goal"], rows)]
-    operations = [case for case in result["cases"] if "ratio" in case]
+    operations = [case for case in cases if "ratio" in case]
     if operations:
         rows = [
             [
@@ -105,10 +119,11 @@ def _section(
                 f"{case['ratio']:.2f}",
                 f"{case['ratio_heap_kept']:.2f}" if "ratio_heap_kept" in case else "–",
                 f"{case['share_of_copy']:.0%}" if "share_of_copy" in case else "–",
+                case["measured"],
             ]
             for case in operations
         ]
-        header = ["operation", "ours ms", "IQR", "peer ms", "ratio", "heap kept", "share of copy"]
+        header = ["operation", "ours ms", "IQR", "peer ms", "ratio", "heap kept", "share of copy", "measured"]
         said = (
             "*Heap kept*: the ratio where freed memory stays in the process, which helps whoever allocates more "
             "(`bench/speed/racing.py`)."

@@ -100,6 +100,20 @@ def test_results_of_two_days_become_a_page(tmp_path: Path) -> None:
         assert (tmp_path / f"benchmarks-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_of_one_case_leaves_the_others_on_the_page(tmp_path: Path) -> None:
+    from report import write_report
+    from results import read_results, write_results
+
+    folder = tmp_path / "results"
+    operation = {"name": "test_x", "quick": "x", "ratio": 7.0, "ours_ms": 1.0, "ours_iqr_ms": 0.1, "peer_ms": 8.0}
+    write_results(folder, [field(200.0), operation], described=described("2026-01-01"), seed=0, scale="normal")
+    write_results(folder, [{**operation, "ratio": 9.0}], described=described("2026-01-02"), seed=0, scale="normal")
+    text = write_report(read_results(folder), tmp_path).read_text()
+    assert "image-steps/s" in text and "2.00" in text
+    assert "9.00" in text and "7.00" not in text
+    assert "2026-01-01, 0123456" in text and "2026-01-02, 0123456" in text
+
+
 def test_a_later_run_of_the_day_replaces_only_what_it_measured(tmp_path: Path) -> None:
     from results import read_results, write_results
 
