@@ -167,6 +167,8 @@ def test_affine_relu(backend: str, shape: tuple[int, ...]) -> None:
     [
         ({"x": torch.zeros(2, 16, 6, 6)}, TypeError, "x; got torch.float32"),
         ({"x": torch.zeros(16, 6, 6).bfloat16()}, ValueError, "x; got shape"),
+        ({"x": torch.zeros(2, 16, 6, 0).bfloat16()}, ValueError, "x; got shape .*at least 1 x 1"),
+        ({"x": torch.zeros(2, 16, 0, 6).bfloat16()}, ValueError, "x; got shape .*at least 1 x 1"),
         ({"x": torch.zeros(2, 64, 6, 6).bfloat16()}, ValueError, "packed"),
         ({"bias": torch.zeros(3)}, ValueError, "bias"),
         ({"residual": torch.zeros(2, 32, 6, 7).bfloat16()}, ValueError, "residual"),
