@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.kernels import backends
-from pbe_fast.kernels.affine_relu import affine_relu
+from pbe_fast.kernels.affine_relu import affine_relu, reference
 from pbe_fast.kernels.conv3x3 import conv3x3, pack
 
 needs_native = pytest.mark.skipif(
@@ -129,6 +129,32 @@ def test_gradients(relu: bool, residual: bool) -> None:
     expected += [grad] if residual else []
     for ours, exactly in zip(got, expected, strict=True):
         assert error(ours, exactly) < TOLERANCE
+
+
+def not_numbers(shape: tuple[int, ...]) -> Tensor:
+    """NaN with either sign, which are positive and negative as integers."""
+    bits = torch.tensor([0x7FC0, 0xFFC0 - 2**16], dtype=torch.int16)
+    return bits.repeat(torch.Size(shape).numel() // 2).view(torch.bfloat16).view(shape)
+
+
+@needs_native
+def test_not_a_number_is_not_above_zero() -> None:
+    a = case((1, 16, 16, 4, 4))
+    masked = conv3x3(a["x"], pack(a["weight"]), mask=not_numbers((1, 16, 4, 4)), backend="native")
+    assert masked.count_nonzero() == 0
+    scale = torch.ones(16)
+    arguments = a["x"], not_numbers((1, 16, 4, 4)), scale
+    torch.testing.assert_close(
+        torch.ops.pbe_fast.affine_relu_backward(*arguments), reference.affine_relu_backward(*arguments), rtol=0, atol=0
+    )
+
+
+def test_no_second_derivative_of_affine_relu() -> None:
+    x = torch.ones(1, 16, 2, 2, dtype=torch.bfloat16, requires_grad=True)
+    y = affine_relu(x, torch.ones(16), torch.zeros(16))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_no_second_derivative_through_a_mask() -> None:
