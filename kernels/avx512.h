@@ -35,6 +35,13 @@ PBE_AVX512 PBE_INLINE __m512 load(const void* data, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// Those of the lanes where a bfloat16 number is above zero, which a NaN is not.
+PBE_AVX512 PBE_INLINE __mmask16 above_zero(const std::uint16_t* data, __mmask16 lanes) {
+  // As integers the positive numbers are 1 to 0x7f80, the infinity.
+  const __m256i less_one = _mm256_sub_epi16(_mm256_maskz_loadu_epi16(lanes, data), _mm256_set1_epi16(1));
+  return _mm256_cmplt_epu16_mask(less_one, _mm256_set1_epi16(0x7f80));
+}
+
 // to_bf16 of convert.h.
 PBE_AVX512 PBE_INLINE __m256i rounded_to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);

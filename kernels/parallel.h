@@ -17,6 +17,13 @@
 
 namespace pbe {
 
+// Calls `then` in every child that is forked off from now on: it has none of its parent's threads.
+inline void after_fork([[maybe_unused]] void (*then)()) {
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, then);
+#endif
+}
+
 // The threads of the OpenMP library that the process has loaded, which is PyTorch's: they spin for milliseconds after
 // each of its operations, and threads of our own would have to share the processors with them.
 class OpenMP {
@@ -24,7 +31,7 @@ class OpenMP {
   // As Pool::run. The team has `threads` members, as PyTorch's has: with another number, threads end and start anew.
   static bool run(int parts, int threads, const std::function<void(int)>& task) {
     static const OpenMP library;
-    if (library.parallel_ == nullptr || forked().load(std::memory_order_relaxed)) return false;
+    if (library.parallel_ == nullptr || forked_.load(std::memory_order_relaxed)) return false;
     Work work{&library, parts, &task};
     library.parallel_(&OpenMP::member, &work, static_cast<unsigned>(threads), 0);
     return true;
@@ -43,7 +50,6 @@ class OpenMP {
     find("omp_get_thread_num", number_);
     find("omp_get_num_threads", count_);
     if (number_ != nullptr && count_ != nullptr) find("GOMP_parallel", parallel_);
-    pthread_atfork(nullptr, nullptr, [] { forked().store(true, std::memory_order_relaxed); });
 #endif
   }
 
@@ -52,12 +58,6 @@ class OpenMP {
 #ifndef _WIN32
     function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 #endif
-  }
-
-  // A forked child has none of its parent's threads, but the library waits for them.
-  static std::atomic<bool>& forked() {
-    static std::atomic<bool> is_child{false};
-    return is_child;
   }
 
   static void member(void* data) {
@@ -69,6 +69,14 @@ class OpenMP {
   int (*number_)() = nullptr;
   int (*count_)() = nullptr;
   void (*parallel_)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+
+  // In a child the library waits for threads that are not there. They may be PyTorch's: it is not only from the first
+  // call here on that forks count.
+  static inline std::atomic<bool> forked_{false};
+  static inline const bool watched_ = [] {
+    after_fork([] { forked_.store(true, std::memory_order_relaxed); });
+    return true;
+  }();
 };
 
 // Where there is no OpenMP: workers that sleep between calls, as starting threads anew would cost more than a small
@@ -102,15 +110,12 @@ class Pool {
     return enough;
   }
 
-  // Never destroyed: workers may outlive static destructors. A forked child (DataLoader) has none of its parent's
-  // threads, so it starts with a new pool.
+  // Never destroyed: workers may outlive static destructors. A forked child (DataLoader) starts with a new pool.
   static Pool& instance() {
     static Pool* pool = nullptr;
     static const bool ready = [] {
       pool = new Pool;
-#ifndef _WIN32
-      pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-#endif
+      after_fork([] { pool = new Pool; });
       return true;
     }();
     static_cast<void>(ready);

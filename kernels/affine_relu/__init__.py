@@ -145,6 +145,7 @@ class _Gradient(torch.autograd.Function):
         return output
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         output, scale = ctx.saved_tensors
         return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale), None, None

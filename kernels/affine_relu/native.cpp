@@ -30,12 +30,11 @@ PBE_AVX512 void run_pixels(const void* x, const float* scale, const float* shift
 
 PBE_AVX512 void backward_pixels(const std::uint16_t* grad, const std::uint16_t* y, const float* scale,
                                 std::uint16_t* out, std::int64_t pixels, std::int64_t channels) {
-  const __m256i zero = _mm256_setzero_si256();
   for (std::int64_t pixel = 0; pixel < pixels; ++pixel, grad += channels, y += channels, out += channels) {
     for (std::int64_t c = 0; c < channels; c += kLanes) {
       const __mmask16 lanes = first_lanes(channels - c);
-      const __mmask16 positive = _mm256_cmpgt_epi16_mask(_mm256_maskz_loadu_epi16(lanes, y + c), zero);
-      const __m512 value = _mm512_mul_ps(load<DType::bf16>(grad + c, positive), load<DType::f32>(scale + c, lanes));
+      const __m512 let_through = load<DType::bf16>(grad + c, above_zero(y + c, lanes));
+      const __m512 value = _mm512_mul_ps(let_through, load<DType::f32>(scale + c, lanes));
       store<DType::bf16, true>(out + c, value, lanes);
     }
   }

@@ -43,8 +43,8 @@ def check_weight(weight: Tensor) -> None:
 def check(job: Conv) -> None:
     """Refuses tensors that do not fit together; see `pbe_fast.kernels.conv3x3.conv3x3`."""
     x, shape, channels_out, device = job.x, job.x.shape, job.channels_out, job.x.device
-    if len(shape) != 4:
-        raise ValueError(f"x; got shape {tuple(shape)}; accepted: (B, C, H, W)")
+    if len(shape) != 4 or shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"x; got shape {tuple(shape)}; accepted: (B, C, H, W), at least 1 x 1")
     if x.dtype != torch.bfloat16:
         raise TypeError(f"x; got {x.dtype}; accepted: bfloat16")
     _check_filters("packed", job.packed, channels_out, shape[1], device)

@@ -21,11 +21,6 @@ PBE_BF16 PBE_INLINE __m512 load(const std::uint16_t* data, __mmask16 lanes) {
   return avx512::load<DType::bf16>(data, lanes);
 }
 
-// Those of the lanes where the number is above zero.
-PBE_BF16 PBE_INLINE __mmask16 positive(const std::uint16_t* data, __mmask16 lanes) {
-  return _mm256_cmpgt_epi16_mask(_mm256_maskz_loadu_epi16(lanes, data), _mm256_setzero_si256());
-}
-
 // Subnormal numbers become zero, as in the products.
 PBE_BF16 PBE_INLINE __m256i narrow(__m512 value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
 
@@ -84,7 +79,7 @@ PBE_BF16 PBE_INLINE void column(const Lines& lines, std::int64_t x, std::int64_t
   for (int i = 0; i < 4; ++i) {
     const std::int64_t at = lines.begin[i] + offset;
     __mmask16 here = is_inside && lines.inside[i] ? lanes : __mmask16{0};
-    if constexpr (HasMask) here = positive(lines.images.mask + at, here);
+    if constexpr (HasMask) here = avx512::above_zero(lines.images.mask + at, here);
     d[i] = load(lines.images.data + at, here);
   }
   out[0] = _mm512_sub_ps(d[0], d[2]);

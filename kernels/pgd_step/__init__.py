@@ -295,6 +295,8 @@ def _inplace(run: Run) -> Callable[..., None]:
             _check_model_input(adv, model_input, layout)
         grad = grad if _has_layout(grad, layout) else grad.contiguous(memory_format=layout)
         run(Step(adv, grad, origin, adv, model_input, eps, alpha, norm, mean, std, layout))
+        # Autograd must hear of it: a backward pass that still needs the old values would take the new ones.
+        torch.autograd.graph.increment_version([adv] if model_input is None else [adv, model_input])
 
     return call
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -55,6 +57,29 @@ print(json.dumps([available_backends(), same, error]))
     assert same
     assert "got 'native', but the native module pbe_fast._native is not built" in error
     assert "accepted here: ('reference'" in error
+
+
+@pytest.mark.skipif(backends.native() is None or not hasattr(os, "fork"), reason="no native module, or no fork")
+def test_a_child_does_not_wait_for_threads_that_pytorch_had_before_the_fork() -> None:
+    code = """
+import os, torch
+from pbe_fast.kernels.pgd_step import pgd_step_
+torch.set_num_threads(3)
+images = torch.rand(64, 3, 32, 32)
+torch.rand(10**6).add(1.0)  # PyTorch's threads run, and no operation of ours has yet
+child = os.fork()
+if child == 0:
+    pgd_step_(images, images, images, eps=0.1, alpha=0.1)
+    os._exit(0)
+os._exit(os.waitpid(child, 0)[1] != 0)
+"""
+    # Its own session: a child that hangs would otherwise be left behind.
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        try:
+            assert process.wait(30) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

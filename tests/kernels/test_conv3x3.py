@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.kernels import backends
-from pbe_fast.kernels.affine_relu import affine_relu
+from pbe_fast.kernels.affine_relu import affine_relu, reference
 from pbe_fast.kernels.conv3x3 import conv3x3, pack
 
 needs_native = pytest.mark.skipif(
@@ -131,6 +131,32 @@ def test_gradients(relu: bool, residual: bool) -> None:
         assert error(ours, exactly) < TOLERANCE
 
 
+def not_numbers(shape: tuple[int, ...]) -> Tensor:
+    """NaN with either sign, which are positive and negative as integers."""
+    bits = torch.tensor([0x7FC0, 0xFFC0 - 2**16], dtype=torch.int16)
+    return bits.repeat(torch.Size(shape).numel() // 2).view(torch.bfloat16).view(shape)
+
+
+@needs_native
+def test_not_a_number_is_not_above_zero() -> None:
+    a = case((1, 16, 16, 4, 4))
+    masked = conv3x3(a["x"], pack(a["weight"]), mask=not_numbers((1, 16, 4, 4)), backend="native")
+    assert masked.count_nonzero() == 0
+    scale = torch.ones(16)
+    arguments = a["x"], not_numbers((1, 16, 4, 4)), scale
+    torch.testing.assert_close(
+        torch.ops.pbe_fast.affine_relu_backward(*arguments), reference.affine_relu_backward(*arguments), rtol=0, atol=0
+    )
+
+
+def test_no_second_derivative_of_affine_relu() -> None:
+    x = torch.ones(1, 16, 2, 2, dtype=torch.bfloat16, requires_grad=True)
+    y = affine_relu(x, torch.ones(16), torch.zeros(16))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_no_second_derivative_through_a_mask() -> None:
     a = case((1, 16, 16, 4, 4))
     y = conv3x3(a["x"].requires_grad_(), pack(a["weight"]), mask=a["mask"])
@@ -167,6 +193,8 @@ def test_affine_relu(backend: str, shape: tuple[int, ...]) -> None:
     [
         ({"x": torch.zeros(2, 16, 6, 6)}, TypeError, "x; got torch.float32"),
         ({"x": torch.zeros(16, 6, 6).bfloat16()}, ValueError, "x; got shape"),
+        ({"x": torch.zeros(2, 16, 6, 0).bfloat16()}, ValueError, "x; got shape .*at least 1 x 1"),
+        ({"x": torch.zeros(2, 16, 0, 6).bfloat16()}, ValueError, "x; got shape .*at least 1 x 1"),
         ({"x": torch.zeros(2, 64, 6, 6).bfloat16()}, ValueError, "packed"),
         ({"bias": torch.zeros(3)}, ValueError, "bias"),
         ({"residual": torch.zeros(2, 32, 6, 7).bfloat16()}, ValueError, "residual"),
