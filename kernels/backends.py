@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-OPS = ("warp", "cosine_rank", "pgd_step", "conv3x3", "affine_relu", "batch_norm")
+OPS = ("warp", "cosine_rank", "pgd_step", "conv3x3", "conv_grad", "affine_relu", "batch_norm")
 # Those with a GPU version: there the convolutions are cuDNN's, and torch.compile fuses what follows them.
 TRITON_OPS = ("warp", "cosine_rank", "pgd_step")
 BACKENDS = ("reference", "native", "triton")

@@ -5,6 +5,7 @@
 #include "affine_relu/native.h"
 #include "batch_norm/native.h"
 #include "conv3x3/native.h"
+#include "conv_grad/native.h"
 #include "cosine_rank/native.h"
 #include "levels.h"
 #include "pgd_step/native.h"
@@ -62,6 +63,35 @@ void bind_batch_norm(nb::module_ module) {
     const nb::gil_scoped_release nogil;
     op::backward(job, at<const void>(grad), at<const float>(mean), at<const float>(variance), at<void>(grad_x),
                  at<float>(grad_weight), at<float>(grad_bias), threads);
+  });
+}
+
+void bind_conv_grad(nb::module_ module) {
+  namespace op = pbe::conv_grad;
+  using Halves = const std::uint16_t;
+  using Size = std::int64_t;
+  module.def("is_supported", [] { return op::is_supported(); });
+  module.def("run", [](Address grad, Address mask, Address grad_beside, Address packed, Address grad_images,
+                       Size images, Size height, Size width, Size channels_in, Size height_out, Size width_out,
+                       Size channels, Size channels_beside, Size kernel, Size stride, Size padding, int threads) {
+    const op::Job job{at<Halves>(grad),
+                      at<Halves>(mask),
+                      at<Halves>(grad_beside),
+                      at<Halves>(packed),
+                      at<std::uint16_t>(grad_images),
+                      images,
+                      height,
+                      width,
+                      channels_in,
+                      height_out,
+                      width_out,
+                      channels,
+                      channels_beside,
+                      kernel,
+                      stride,
+                      padding};
+    const nb::gil_scoped_release nogil;
+    op::run(job, threads);
   });
 }
 
@@ -185,6 +215,7 @@ NB_MODULE(_native, m) {
   m.def("limit_level", [](int most) { return static_cast<int>(pbe::limit_level(static_cast<pbe::Level>(most))); });
   bind_affine_relu(m.def_submodule("affine_relu"));
   bind_batch_norm(m.def_submodule("batch_norm"));
+  bind_conv_grad(m.def_submodule("conv_grad"));
   bind_conv3x3(m.def_submodule("conv3x3"));
   bind_cosine_rank(m.def_submodule("cosine_rank"));
   bind_pgd_step(m.def_submodule("pgd_step"));

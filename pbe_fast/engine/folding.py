@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pbe_fast.engine.copies import frozen_copy
-from pbe_fast.engine.fusing import fused, place_winograd
+from pbe_fast.engine.frozen_layers import AffineReLU, StridedConv2d, WinogradConv2d
+from pbe_fast.engine.fusing import fused, place_convolutions
 from pbe_fast.engine.tracing import is_untouched, trace
-from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d
 
 # Modules whose work is a matrix product with their weight: what mixed precision computes in the short format.
 _PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -69,8 +69,8 @@ class FrozenCopy(nn.Module):
         self.refresh(model)
 
     def _fuse(self, image_shape: tuple[int, ...]) -> None:
-        """Winograd's convolutions where they are faster, and what follows them as part of them."""
-        place_winograd(self.net)
+        """Our convolutions where they are faster, and what follows them as part of them."""
+        place_convolutions(self.net)
         net = fused(copy.deepcopy(self.net))
         device = torch.device(self._device_type)
         if net is not None and _agree(self.net, net, torch.Size((2, *image_shape)), device):
@@ -96,7 +96,7 @@ class FrozenCopy(nn.Module):
         for conv, norm in self._pairs:
             _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
         for module in self.net.modules():
-            if isinstance(module, (WinogradConv2d, AffineReLU)):
+            if isinstance(module, (WinogradConv2d, StridedConv2d, AffineReLU)):
                 module.refresh()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,38 +5,52 @@ The forward pass of the model is followed symbolically, and rewritten where that
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 
 from torch import fx, nn
 
+from pbe_fast.engine.frozen_layers import (
+    AffineReLU,
+    BesideConv2d,
+    StridedConv2d,
+    WinogradConv2d,
+    can_be_beside,
+    can_be_strided,
+    can_be_winograd,
+)
 from pbe_fast.engine.rewriting import IN_PLACE_SUMS, Rewriting
 from pbe_fast.engine.tracing import is_untouched, trace
-from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, can_be_winograd
+
+_CONVOLUTIONS = (WinogradConv2d, StridedConv2d)
 
 
-def place_winograd(net: nn.Module) -> None:
-    """Puts Winograd's convolutions in the place of those that can be; with hooks, or two names, they are left alone."""
+def place_convolutions(net: nn.Module) -> None:
+    """Puts our convolutions in the place of those that can be; with hooks, or two names, they are left alone."""
     names = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
     for name, module in list(net.named_modules()):
-        if name and names[id(module)] == 1 and can_be_winograd(module) and is_untouched(module):
-            assert isinstance(module, nn.Conv2d)
+        if not name or names[id(module)] > 1 or not isinstance(module, nn.Conv2d) or not is_untouched(module):
+            continue
+        if can_be_winograd(module):
             net.set_submodule(name, WinogradConv2d(module))
+        elif can_be_strided(module):
+            net.set_submodule(name, StridedConv2d(module))
 
 
 def fused(net: nn.Module) -> nn.Module | None:
     """The same computation with fewer passes over memory, on the same parameters and buffers.
 
     Args:
-        net: In eval mode, after `place_winograd`. Its modules are changed and not to be used any more, except where
+        net: In eval mode, after `place_convolutions`. Its modules are changed and not to be used any more, except where
             None is returned.
 
     Returns:
         A module of the same parameters and buffers under the same names; None where ``forward`` cannot be followed, or
         there is nothing to be gained.
     """
-    if not any(isinstance(module, WinogradConv2d) for module in net.modules()):
+    if not any(isinstance(module, _CONVOLUTIONS) for module in net.modules()):
         return None
-    graph = trace(net, leaves=(WinogradConv2d,))
+    graph = trace(net, leaves=_CONVOLUTIONS)
     if graph is None:
         return None
     rewriting = _Rewriting(net, graph)
@@ -55,13 +69,16 @@ class _Rewriting(Rewriting):
         for node in self.every():
             if self.is_add(node):
                 self._fuse_add(node)
+        for node in self.every("call_module"):
+            if self.is_plain(node, StridedConv2d):
+                self._pair(node)
         self.graph.lint()
 
     def _fuse_relu(self, node: fx.Node) -> None:
         source = self.alone(node.args[0])
         if source is None:
             return
-        if self._is_conv(source):
+        if self._is_conv(source) or self.is_plain(source, StridedConv2d):
             self.module(source).relu = True
             self.replace(node, source)
         elif self.is_add(source):
@@ -90,6 +107,27 @@ class _Rewriting(Rewriting):
             self.graph.erase_node(conv)
             return both
         return None
+
+    def _pair(self, node: fx.Node) -> None:
+        """A strided convolution and the 1 x 1 one that alone reads the same images, as one call where the first was."""
+        images = node.args[0]
+        if not isinstance(images, fx.Node) or len(images.users) != 2:
+            return
+        (other,) = set(images.users) - {node}
+        strided = self.module(node)
+        if not self.is_plain(other, nn.Conv2d) or not can_be_beside(self.module(other), strided):
+            return
+        name, beside = str(other.target), BesideConv2d(self.module(other))
+        self.put(name, beside)
+        self.net.set_submodule(name, beside)
+        strided.pair_with(beside)
+        with self.graph.inserting_after(images):
+            both = self.graph.call_module(str(node.target), (images,))
+        with self.graph.inserting_after(both):
+            first = self.graph.call_function(operator.getitem, (both, 0))
+            second = self.graph.call_module(name, (both,))
+        self.replace(node, first)
+        self.replace(other, second)
 
     def _is_conv(self, node: fx.Node) -> bool:
         return self.is_plain(node, WinogradConv2d)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pbe_fast.engine.folding import FrozenCopy, foldable_pairs
 from pbe_fast.engine.forward import eval_mode
-from pbe_fast.engine.winograd import WinogradConv2d
+from pbe_fast.engine.frozen_layers import BesideConv2d, StridedConv2d, WinogradConv2d
 from pbe_fast.models import Normalized, PreActResNet18, SmallCNN
 from pbe_fast.torchvision_compat import import_torchvision
 
@@ -208,8 +208,9 @@ def test_products_are_held_in_their_dtype_and_the_rest_in_float32() -> None:
     shadow = FrozenCopy(PreActResNet18(10, width=8), dtype=torch.bfloat16, image_shape=(3, 32, 32))
     for name, module in shadow.named_modules():
         for parameter in module.parameters(recurse=False):
-            # Winograd's convolutions transform their weights from float32.
-            is_product = isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, WinogradConv2d)
+            # Our own convolutions have their filters beside the weights, which stay as they are.
+            own = (WinogradConv2d, StridedConv2d, BesideConv2d)
+            is_product = isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, own)
             wanted = torch.bfloat16 if is_product else torch.float32
             assert parameter.dtype == wanted, name
 

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 from pbe_fast import attacker
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.folding import FrozenCopy
-from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, is_winograd_machine
+from pbe_fast.engine.frozen_layers import (
+    AffineReLU,
+    BesideConv2d,
+    StridedConv2d,
+    WinogradConv2d,
+    is_winograd_machine,
+)
 from pbe_fast.models import build_model
 
 SHAPE = (3, 16, 16)
@@ -67,11 +73,35 @@ class Odd(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Pairs(nn.Module):
+    """Where a 1 x 1 convolution may be computed beside another, and where it must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def conv(kernel: int, stride: int = 2, padding: int = 0, bias: bool = True) -> nn.Conv2d:
+            return nn.Conv2d(16, 16, kernel, stride, padding, bias=bias)
+
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.first_beside = conv(3, padding=1, bias=False), conv(1)
+        self.second, self.second_beside = conv(3, padding=1), conv(1)
+        self.wide, self.other_stride = conv(5, padding=2), conv(1, stride=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        beside = self.first_beside(x)  # the 1 x 1 one first, and a ReLU of the other
+        x = F.relu(self.first(x)) + beside
+        x = self.second(x) + self.second_beside(x) + x.mean()  # a third that reads the same images
+        return self.head((self.wide(x).mean((2, 3)) + self.other_stride(x).mean((2, 3))).relu())
+
+
 MODELS = {
     "preact_resnet18": lambda: build_model("preact_resnet18", num_classes=10, width=16),
     "resnet18": lambda: build_model("resnet18", num_classes=10),
     "small_cnn": lambda: build_model("small_cnn", num_classes=10, width=16),
     "odd": Odd,
+    "pairs": Pairs,
 }
 
 
@@ -83,8 +113,8 @@ def test_logits_and_gradients_are_those_of_the_model(name: str) -> None:
     fused = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     plain = FrozenCopy(model, dtype=torch.bfloat16)
     exact = copy.deepcopy(model).double()
-    assert any(isinstance(module, WinogradConv2d) for module in fused.modules())
-    assert not any(isinstance(module, WinogradConv2d) for module in plain.modules())
+    assert any(isinstance(module, (WinogradConv2d, StridedConv2d)) for module in fused.modules())
+    assert not any(isinstance(module, (WinogradConv2d, StridedConv2d)) for module in plain.modules())
     expected, expected_gradient = exact(images.double()), gradient(exact, images.double())
     for function, value in ((lambda m: m(images), expected), (lambda m: gradient(m, images), expected_gradient)):
         # At most a little further from the exact values than bfloat16 is anyway.
@@ -102,13 +132,25 @@ def test_everything_that_can_be_is_part_of_a_convolution() -> None:
     assert sum(len(node.args) == 2 for node in graph.nodes if node.op == "call_module") == 8
 
 
-def test_refresh_brings_new_weights_and_statistics() -> None:
+@pytest.mark.parametrize(
+    ("name", "strided", "beside"), [("preact_resnet18", 4, 3), ("resnet18", 4, 3), ("pairs", 4, 1), ("small_cnn", 1, 0)]
+)
+def test_what_reads_the_same_images_is_computed_together(name: str, strided: int, beside: int) -> None:
+    net = FrozenCopy(trained(MODELS[name]()), dtype=torch.bfloat16, image_shape=SHAPE).net
+    assert sum(isinstance(module, StridedConv2d) for module in net.modules()) == strided
+    assert sum(isinstance(module, BesideConv2d) for module in net.modules()) == beside
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18", "pairs"])
+def test_refresh_brings_new_weights_and_statistics(name: str) -> None:
     torch.manual_seed(0)
-    first, second = (trained(MODELS["preact_resnet18"](), seed) for seed in range(2))
+    first, second = (trained(MODELS[name](), seed) for seed in range(2))
     images = torch.rand(2, *SHAPE)
     copied = FrozenCopy(first, dtype=torch.bfloat16, image_shape=SHAPE)
     copied.refresh(second)
-    torch.testing.assert_close(copied(images), FrozenCopy(second, dtype=torch.bfloat16, image_shape=SHAPE)(images))
+    fresh = FrozenCopy(second, dtype=torch.bfloat16, image_shape=SHAPE)
+    torch.testing.assert_close(copied(images), fresh(images))
+    torch.testing.assert_close(gradient(copied, images), gradient(fresh, images))
 
 
 def test_hooks_and_float32_are_left_alone() -> None:

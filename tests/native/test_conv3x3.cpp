@@ -1,26 +1,6 @@
-#include <cmath>
-
 #include "affine_relu/native.h"
-#include "check.h"
 #include "conv3x3/native.h"
-#include "convert.h"
-
-namespace {
-
-std::unique_ptr<std::uint16_t[]> halves(std::int64_t n, unsigned seed) {
-  const auto values = uniform(n, -1.0f, 1.0f, seed);
-  auto out = buffer<std::uint16_t>(n);
-  pbe::narrow(values.get(), out.get(), pbe::DType::bf16, n);
-  return out;
-}
-
-bool all_finite(const std::uint16_t* values, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i)
-    if (!std::isfinite(pbe::from_bf16(values[i]))) return false;
-  return true;
-}
-
-}  // namespace
+#include "halves.h"
 
 // Values are compared with the reference in Python; here it is the memory that is watched.
 TEST(conv3x3_stays_inside_its_buffers) {
