@@ -10,7 +10,7 @@ from collections import Counter
 from torch import fx, nn
 
 from pbe_fast.engine.rewriting import IN_PLACE_SUMS, Rewriting
-from pbe_fast.engine.tracing import is_untouched, trace
+from pbe_fast.engine.tracing import dice, is_untouched, trace
 from pbe_fast.engine.winograd import AffineReLU, WinogradConv2d, can_be_winograd
 
 
@@ -31,13 +31,14 @@ def fused(net: nn.Module) -> nn.Module | None:
             None is returned.
 
     Returns:
-        A module of the same parameters and buffers under the same names; None where ``forward`` cannot be followed, or
-        there is nothing to be gained.
+        A module of the same parameters and buffers under the same names; None where ``forward`` cannot be followed or
+        rolls dice, or there is nothing to be gained.
     """
     if not any(isinstance(module, WinogradConv2d) for module in net.modules()):
         return None
+    before = dice()
     graph = trace(net, leaves=(WinogradConv2d,))
-    if graph is None:
+    if graph is None or dice() != before:
         return None
     rewriting = _Rewriting(net, graph)
     rewriting.run()
