@@ -154,7 +154,7 @@ class Partial {
 
   // Sums of term(block, channel, value) per channel, in the order of the blocks: the number of threads is no matter.
   template <class Term>
-  std::vector<double> sum(const Term& term) const {
+  PBE_AVX512 std::vector<double> sum(const Term& term) const {
     std::vector<double> sums(channels_, 0.0);
     const std::int64_t count = static_cast<std::int64_t>(values_.size());
     for (std::int64_t first = 0, block = 0; first < count; first += channels_, ++block) {

@@ -89,9 +89,15 @@ struct Affine {
   explicit Affine(const Step& step) : channels(step.channels), plane(step.channels_last ? 1 : step.pixels) {
     const std::int64_t periods = plane > 1 ? 1 : (kTile + channels - 1) / channels;
     tile = plane > 1 ? kTile : periods * channels;
-    for (std::int64_t i = 0; step.mean != nullptr && i < periods * channels; ++i) {
-      mean.push_back(step.mean[i % channels]);
-      inverse_std.push_back(1.0f / step.std[i % channels]);
+    if (step.mean == nullptr) return;
+    mean.assign(step.mean, step.mean + channels);
+    for (std::int64_t c = 0; c < channels; ++c) inverse_std.push_back(1.0f / step.std[c]);
+    // The row over and over. To divide anew for each element would take as long as the step of a few images.
+    mean.resize(static_cast<std::size_t>(periods * channels));
+    inverse_std.resize(mean.size());
+    for (std::size_t i = static_cast<std::size_t>(channels); i < mean.size(); ++i) {
+      mean[i] = mean[i - channels];
+      inverse_std[i] = inverse_std[i - channels];
     }
   }
   bool used() const { return !mean.empty(); }

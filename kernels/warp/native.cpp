@@ -133,12 +133,19 @@ struct Job {
     // A stack of planes may begin with the last channel.
     const std::int64_t repeats = lanes == 1 ? kBlock : 1;
     const std::int64_t count = lanes == 1 ? (i.channels + kStack - 1) * repeats : tile_pixels * lanes;
-    for (std::int64_t at = 0; at < count; ++at) {
-      const std::int64_t channel = at / repeats % i.channels;
+    const std::int64_t period = i.channels * repeats;
+    scale.resize(static_cast<std::size_t>(count));
+    shift.resize(scale.size());
+    for (std::int64_t at = 0; at < period; ++at) {
+      const std::int64_t channel = at / repeats;
       const float mean = i.mean == nullptr ? 0.0f : i.mean[channel];
       const float std = i.mean == nullptr ? 1.0f : i.std[channel];
-      scale.push_back(1.0f / (i.in_type == DType::u8 ? std * 255.0f : std));
-      shift.push_back(-mean / std);
+      scale[at] = 1.0f / (i.in_type == DType::u8 ? std * 255.0f : std);
+      shift[at] = -mean / std;
+    }
+    for (std::int64_t at = period; at < count; ++at) {
+      scale[at] = scale[at - period];
+      shift[at] = shift[at - period];
     }
   }
 };

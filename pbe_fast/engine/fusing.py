@@ -20,7 +20,7 @@ from pbe_fast.engine.frozen_layers import (
     can_be_winograd,
 )
 from pbe_fast.engine.rewriting import IN_PLACE_SUMS, Rewriting
-from pbe_fast.engine.tracing import is_untouched, trace
+from pbe_fast.engine.tracing import dice, is_untouched, trace
 
 _CONVOLUTIONS = (WinogradConv2d, StridedConv2d)
 
@@ -45,13 +45,14 @@ def fused(net: nn.Module) -> nn.Module | None:
             None is returned.
 
     Returns:
-        A module of the same parameters and buffers under the same names; None where ``forward`` cannot be followed, or
-        there is nothing to be gained.
+        A module of the same parameters and buffers under the same names; None where ``forward`` cannot be followed or
+        rolls dice, or there is nothing to be gained.
     """
     if not any(isinstance(module, _CONVOLUTIONS) for module in net.modules()):
         return None
+    before = dice()
     graph = trace(net, leaves=_CONVOLUTIONS)
-    if graph is None:
+    if graph is None or dice() != before:
         return None
     rewriting = _Rewriting(net, graph)
     rewriting.run()

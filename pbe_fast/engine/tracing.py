@@ -8,12 +8,15 @@ followed get calls of their own.
 from __future__ import annotations
 
 import inspect
+import random
 import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy, _symbolic_trace
 
@@ -43,6 +46,12 @@ def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Grap
     except Exception:
         # Whatever a foreign forward raises on a symbol, it is only known that it cannot be followed.
         return None
+
+
+def dice() -> tuple[object, ...]:
+    """The states of the CPU's generators: a ``forward`` that drew while it was followed would not draw any more."""
+    _, key, *position = np.random.get_state()
+    return random.getstate(), np.asarray(key).tobytes(), tuple(position), torch.get_rng_state().numpy().tobytes()
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.engine.rewriting import Rewriting
-from pbe_fast.engine.tracing import is_untouched, trace
+from pbe_fast.engine.tracing import dice, is_untouched, trace
 from pbe_fast.kernels.batch_norm import batch_norm, is_fast
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -84,16 +82,11 @@ def _has_kernels(model: nn.Module) -> bool:
 
 
 def _followed(twin: nn.Module) -> fx.Graph | None:
-    before = _dice(), _attributes(twin)
+    before = dice(), _attributes(twin)
     graph = trace(twin)
     # What rolled dice while it was followed, as a layer that is left out at times, would not roll them any more, and
     # what counted its calls would not count; a tensor that arose is none of the model's.
-    return graph if (_dice(), _attributes(twin)) == before else None
-
-
-def _dice() -> tuple[object, ...]:
-    _, key, *position = np.random.get_state()
-    return random.getstate(), np.asarray(key).tobytes(), tuple(position), torch.get_rng_state().numpy().tobytes()
+    return graph if (dice(), _attributes(twin)) == before else None
 
 
 def _attributes(net: nn.Module) -> dict[str, object]:
