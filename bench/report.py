@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from results import FOLDER, read_results
 
 from pbe_fast.engine.files import atomic_write, write_text
-from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
+from pbe_fast.report.canvas import BAD, GOOD, INK, LINE, SOFT
 from pbe_fast.report.tables import table
 
 DOCS = Path(__file__).parents[1] / "docs"
