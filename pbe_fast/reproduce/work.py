@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pbe_fast.engine import interrupts
+from pbe_fast.engine.machine import usable_cores
 from pbe_fast.engine.progress import progress
 from pbe_fast.errors import PBEError
 from pbe_fast.finetune import DivergedError
@@ -83,8 +84,7 @@ def make_cells(
         if jobs == 1:
             watch = _Watch(bar, cells, store, jobs)
             return _work(cells, job, tick=watch.tick, note=note)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        shared = Job(**{**vars(job), "threads": job.threads or max(1, cores // jobs)})
+        shared = Job(**{**vars(job), "threads": job.threads or max(1, usable_cores() // jobs)})
         watch = _Watch(bar, cells, store, jobs)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             running = {pool.submit(_work, list(cells), shared) for _ in range(jobs)}
