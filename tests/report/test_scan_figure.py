@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image as image_files
+from pixels import share
 
 from pbe_fast.attraction import arrival_shares, shift_shares
 from pbe_fast.report.scan_figure import draw_scan
@@ -25,24 +26,19 @@ def _draw(path: Path, counts: torch.Tensor, verdict: str = "none", critical: flo
     return image_files.imread(path)
 
 
-def _share(pixels: np.ndarray, colour: str) -> float:
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return float((np.abs(pixels[:, :, :3] - wanted).max(2) < 1e-3).mean())
-
-
 @pytest.mark.parametrize("k", [3, 10, 43])
 def test_what_is_found_stands_out(k: int, tmp_path: Path) -> None:
     counts = torch.ones(k, k, dtype=torch.int64)
     counts[:, 1] += 9 * k
     quiet, loud = _draw(tmp_path / "a.png", counts), _draw(tmp_path / "b.png", counts, "all_to_one")
     assert quiet.shape[:2] == loud.shape[:2] == (840, 1920)
-    assert _share(loud, "#D55E00") > _share(quiet, "#D55E00") + 0.001
+    assert share(loud, "#D55E00") > share(quiet, "#D55E00") + 0.001
 
 
 def test_a_share_that_cannot_be_reached_is_not_drawn(tmp_path: Path) -> None:
     counts = torch.ones(5, 5, dtype=torch.int64)
-    assert _share(_draw(tmp_path / "a.png", counts, critical=math.inf), "#D55E00") == 0
-    assert _share(_draw(tmp_path / "b.png", counts), "#D55E00") > 0
+    assert share(_draw(tmp_path / "a.png", counts, critical=math.inf), "#D55E00") == 0
+    assert share(_draw(tmp_path / "b.png", counts), "#D55E00") > 0
 
 
 def test_no_image_was_misled(tmp_path: Path) -> None:
