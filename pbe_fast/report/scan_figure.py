@@ -70,7 +70,9 @@ def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
             if counts[y, x]:
                 write_percent(axes, x, y, percent[y, x])
     _ticks(axes.set_yticks, labels)
-    _ticks(axes.set_xticks, labels, rotation=45 if max(map(len, labels)) > 2 else 0)
+    # Slanted names end under their columns.
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    _ticks(axes.set_xticks, labels, **(slanted if max(map(len, labels)) > 2 else {}))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
     axes.set_ylabel("label of the image", fontsize=9.5, color=SOFT)
     axes.set_xlabel("label that the attack reaches", fontsize=9.5, color=SOFT)
@@ -87,12 +89,13 @@ def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[st
     right = max(float(values.max()), 100 * critical if critical <= 1 else 0.0, 2 * even) * 1.12
     axes.axvline(even, color=SOFT, linewidth=1, zorder=0)
     notes: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": SOFT, "va": "top"}
-    axes.text(even, -0.09, "even", ha="center", **notes)
+    axes.text(even, -0.08, "even", ha="center", **notes)
+    # On a line of its own: the two may be near each other.
     if critical <= 1:
         axes.axvline(100 * critical, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(100 * critical, -0.09, "reported", ha="center", **{**notes, "color": BAD})
+        axes.text(100 * critical, -0.125, "reported", ha="center", **{**notes, "color": BAD})
     else:
-        axes.text(right, -0.09, "no share is reported", ha="right", **notes)
+        axes.text(right, -0.125, "no share is reported", ha="right", **notes)
     _ticks(axes.set_yticks, names)
     axes.set(xlim=(0, right), ylim=(len(values) - 0.5, -0.5))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image as image_files
+from matplotlib.figure import Figure
 from pixels import share
 
 from pbe_fast.attraction import arrival_shares, shift_shares
-from pbe_fast.report.scan_figure import draw_scan
+from pbe_fast.report.scan_figure import _draw_shares, draw_scan
 
 
 def _draw(path: Path, counts: torch.Tensor, verdict: str = "none", critical: float = 0.4) -> np.ndarray:
@@ -43,3 +44,14 @@ def test_a_share_that_cannot_be_reached_is_not_drawn(tmp_path: Path) -> None:
 
 def test_no_image_was_misled(tmp_path: Path) -> None:
     assert _draw(tmp_path / "a.png", torch.diag(torch.tensor([3, 3, 3]))).shape[:2] == (840, 1920)
+
+
+@pytest.mark.parametrize("critical", [0.12, 0.2, math.inf])
+def test_what_stands_under_the_shares_does_not_overlap(critical: float) -> None:
+    figure = Figure(figsize=(12.8, 5.6))
+    axes = figure.add_axes((0.8, 0.15, 0.18, 0.65))
+    _draw_shares(axes, torch.full((9,), 1 / 9), critical, [f"y + {s}" for s in range(1, 10)], None)
+    figure.draw_without_rendering()
+    even, reported = (text.get_window_extent() for text in axes.texts)
+    assert not even.overlaps(reported) and reported.y0 > 0
+    assert not any(even.overlaps(tick.get_window_extent()) for tick in axes.get_xticklabels())
