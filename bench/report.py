@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from results import FOLDER, read_results
 
 from pbe_fast.engine.files import atomic_write, write_text
-from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
+from pbe_fast.report.canvas import BAD, GOOD, INK, LINE, SOFT
 from pbe_fast.report.tables import table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -27,7 +28,8 @@ Written by `make bench-report` from `bench/results/speed`; `make bench` (a CPU, 
 come before, and values are compared before times. Times are medians over the turns, with their interquartile range;
 ratios are medians of the turns' ratios. *Strengthened* peers are frozen, channels_last, computed in bfloat16 and
 compiled. The peak is that of a large matrix product in the same format on the same threads, measured in the same run; a
-convolution can exceed it a little. How each case is set up stands at the head of its file in `bench/speed`."""
+convolution can exceed it a little. Every case is shown as it was measured last. How each is set up stands at the head
+of its file in `bench/speed`."""
 
 
 def main() -> None:
@@ -45,40 +47,34 @@ def write_report(results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         results: As `read_results` has them, oldest first.
         folder: Where to write.
     """
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    histories: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if result["scale"] != "tiny":
-            full = "" if result["scale"] == "normal" else ", full scale"
-            kinds.setdefault(f"{result['kind']}{full}", []).append(result)
+            kind = f"{result['kind']}{'' if result['scale'] == 'normal' else ', full scale'}"
+            histories.setdefault(kind, []).append(result)
     blocks = [INTRO]
-    for number, (kind, history) in enumerate(kinds.items()):
-        stem = "benchmarks" if number == 0 else f"benchmarks-{number + 1}"
-        blocks += _section(kind, history, folder, stem)
+    for number, (kind, history) in enumerate(histories.items()):
+        blocks += _section(kind, history, folder, "benchmarks" if number == 0 else f"benchmarks-{number + 1}")
     return write_text(folder / "benchmarks.md", "\n\n".join(blocks) + "\n")
 
 
-def newest_cases(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last record of every case, with ``measured``: its date and commit. A run may have measured a few of them.
-
-    Args:
-        history: Results of one kind of machine, oldest first.
-    """
-    newest: dict[str, Mapping[str, Any]] = {}
+def last_measured(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every case as it was measured last, with ``when``: a run of a few cases says nothing of the others."""
+    cases: dict[str, dict[str, Any]] = {}
     for result in history:
         for case in result["cases"]:
-            commit = case.get("commit") or result["commit"]
-            newest[case["name"]] = {**case, "measured": f"{result['date'][:10]}, {str(commit)[:7]}"}
-    return list(newest.values())
+            commit = str(case.get("commit") or result["commit"])[:12]
+            cases[case["name"]] = {**case, "when": f"{result['date'][:10]}, commit {commit}"}
+    return list(cases.values())
 
 
 def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem: str) -> list[str]:
-    cases, result = newest_cases(history), history[-1]
+    cases, result = last_measured(history), history[-1]
     fields = [case for case in cases if "runs" in case]
     machine, versions = result["machine"], result["versions"]
     blocks = [
         f"## {kind}",
-        f"Last run {result['date'][:10]}, seed {result['seed']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"Python {versions['python']}. Of every case the last record, with its date and commit.",
+        f"Seed {result['seed']}, {machine['cores']} cores, torch {versions['torch']}, Python {versions['python']}.",
     ]
     if fields:
         draw_ratios(folder / f"{stem}-ratios.png", fields)
@@ -90,7 +86,7 @@ def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem
             f"![Throughput by commit]({stem}-history.png)",
         ]
     for case in fields:
-        blocks += [f"### {title(case)}", f"{case['measured']}.", _runs_table(case)]
+        blocks += [f"### {title(case)}", f"{case['when']}.", _runs_table(case)]
         if "quality" in case:
             blocks.append(_quality_table(case))
         blocks += _shortfalls(case)
@@ -100,14 +96,14 @@ def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem
         rows = [[f"{int(n):,}", f"{seconds:.2f}", _or_dash(peaks[n])] for n, seconds in case["seconds"].items()]
         blocks += [
             "### Growth with the number of images",
-            f"{case['measured']}. Slope of log(seconds) by log(N): {case['slope']:.3f} (goal: at most "
+            f"{case['when']}. Slope of log(seconds) by log(N): {case['slope']:.3f} (goal: at most "
             f"{case['promised_slope']}).",
             table(["images", "seconds", "peak MiB"], rows),
         ]
     whole = [case for case in cases if "goal_seconds" in case]
     if whole:
-        rows = [[k, f"{s:.2f}", f"{c['goal_seconds']:.1f}"] for c in whole for k, s in c["seconds"].items()]
-        blocks += ["### Whole runs", table(["run", "seconds", "goal"], rows)]
+        rows = [[k, f"{s:.2f}", f"{c['goal_seconds']:.1f}", c["when"]] for c in whole for k, s in c["seconds"].items()]
+        blocks += ["### Whole runs", table(["run", "seconds", "goal", "measured"], rows)]
     operations = [case for case in cases if "ratio" in case]
     if operations:
         rows = [
@@ -119,7 +115,7 @@ def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem
                 f"{case['ratio']:.2f}",
                 f"{case['ratio_heap_kept']:.2f}" if "ratio_heap_kept" in case else "–",
                 f"{case['share_of_copy']:.0%}" if "share_of_copy" in case else "–",
-                case["measured"],
+                case["when"],
             ]
             for case in operations
         ]
@@ -247,6 +243,7 @@ def draw_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Throughput of the default of ours by date and commit, relative to the first record of each case."""
     figure = Figure(figsize=(9.6, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
+    history = [result for result in history if any("runs" in case for case in result["cases"])]
     labels = [f"{result['date'][:10]}\n{str(result['commit'])[:7]}" for result in history]
     series: dict[str, dict[int, float]] = {}
     for place, result in enumerate(history):
@@ -261,7 +258,7 @@ def draw_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
             [rate / first for rate in rates.values()],
             marker="os^Dv"[number // len(COLOURS) % 5],
             color=COLOURS[number % len(COLOURS)],
-            label=f"{name} (first: {first:,.3g})",
+            label=f"{name} (first: {_three_digits(first)})",
         )
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, max(0.5, len(labels) - 0.5))
@@ -271,6 +268,11 @@ def draw_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     _plain(axes)
     _save(figure, path)
+
+
+def _three_digits(value: float) -> str:
+    """1,970 and 0.0412, and no power of ten."""
+    return f"{float(f'{value:.3g}'):,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _plain(axes: Axes) -> None:

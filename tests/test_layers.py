@@ -27,7 +27,7 @@ LAYERS = (
     ("steps",),
     ("rounds",),
     ("purify", "attack", "defenses"),
-    ("export", "report", "distributed"),
+    ("export", "report"),
     ("runs", "scan_result"),
     ("scan",),
     ("reproduce",),
@@ -70,6 +70,16 @@ def test_every_import_points_to_a_lower_layer() -> None:
             if LAYER.get(target, -1) >= LAYER[part]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {target}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_that_has_a_layer_is_there() -> None:
+    assert LAYER.keys() == {_part(path) for path in _sources()}
+
+
+def test_the_map_for_contributors_has_every_part() -> None:
+    page = Path(__file__).parents[1] / "CONTRIBUTING.md"
+    missing = [name for name in LAYER if not any(f"{name}{end}`" in page.read_text("utf-8") for end in ("/", ".py"))]
+    assert not missing
 
 
 def test_kernels_know_nothing_of_the_package() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attacked import smooth_network, some_images, some_labels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,26 +12,17 @@ from pbe_fast.pgd import input_gradient, pgd_attack, random_start, random_window
 
 @pytest.fixture
 def model() -> nn.Module:
-    """Smooth, so that the rounding of two ways to the same gradient cannot end on two sides of a kink."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6 * 12, 5)
-    )
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(3)
-    return net.eval()
+    return smooth_network()
 
 
 @pytest.fixture
 def images() -> Tensor:
-    """Some pixels at 0 and at 1, where the box cuts the ball."""
-    return (torch.rand(9, 3, 8, 6, generator=torch.Generator().manual_seed(1)) * 1.4 - 0.2).clamp(0, 1)
+    return some_images()
 
 
 @pytest.fixture
 def labels() -> Tensor:
-    return torch.randint(0, 5, (9,), generator=torch.Generator().manual_seed(2))
+    return some_labels()
 
 
 def literal_pgd(model: nn.Module, x: Tensor, y: Tensor, config: PGDConfig) -> Tensor:

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
+from pbe_fast.report.canvas import BAD, GOOD, INK, LINE, SOFT, plain_axes, sheet
 
 if TYPE_CHECKING:
     from theorem import Row
@@ -20,19 +17,14 @@ if TYPE_CHECKING:
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Measured projections: by norm of the trigger with the bound that is proved, and against the paper's bound."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(12.8, 5.2), dpi=150, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
+    with sheet(path, 12.8, 5.2) as figure:
+        figure.set_layout_engine("constrained")
         left, right = figure.subplots(1, 2)
         _draw_norms(left, rows)
         _draw_paper(right, rows)
         for axes in (left, right):
-            axes.tick_params(which="both", colors=SOFT, labelsize=9, length=3, color=LINE)
-            for side, spine in axes.spines.items():
-                spine.set_visible(side in ("left", "bottom"))
-                spine.set_color(LINE)
-        figure.savefig(path, metadata={"Software": None})
+            plain_axes(axes)
+            axes.tick_params(which="minor", color=LINE)
 
 
 def _draw_norms(axes: Axes, rows: Sequence[Row]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from pbe_fast.baselines import BASELINES, METHOD_NAMES, BaselineConfig
-from pbe_fast.cli.options import config_fields, config_options, option, with_values
+from pbe_fast.cli.options import config_fields, config_options, defaults_of, option, with_values
 from pbe_fast.config import PurifyConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -17,7 +17,7 @@ SECTION = "Purification"
 RECIPES = {"pbe": PurifyConfig(), "paper": PurifyConfig.paper()}
 _DEFAULTS: dict[str, PurifyConfig | BaselineConfig] = {"pbe": PurifyConfig(), **BASELINES}
 # Of PBE's fine-tuning; in a baseline they have no meaning.
-_PBE_ONLY = {"mix_clean", "distill_weight", "distill_temperature"}
+_PBE_ONLY = ("mix_clean", "distill_weight", "distill_temperature")
 
 
 def method_options(function: F) -> F:
@@ -30,11 +30,13 @@ def method_options(function: F) -> F:
     ordered = sorted(((m, n) for m, n in groups.items() if "pbe" not in m), key=lambda group: -len(group[0]))
     for methods, names in reversed(ordered):
         title = METHOD_NAMES[methods[0]] if len(methods) == 1 else "Baselines"
-        config, others = BASELINES[methods[0]], {m: BASELINES[m] for m in methods[1:]}
+        config, others = BASELINES[methods[0]], {m: defaults_of(BASELINES[m]) for m in methods[1:]}
         section = f"{title[:1].upper()}{title[1:]} (--method {', '.join(methods)})"
         skip = tuple(field.name for field in config_fields(config, section) if field.name not in names)
         function = config_options(config, section, others=others, skip=skip)(function)
-    function = config_options(PurifyConfig(), SECTION, others={"paper": RECIPES["paper"], **BASELINES})(function)
+    elsewhere = {"paper": defaults_of(RECIPES["paper"])}
+    elsewhere |= {method: defaults_of(config, skip=_PBE_ONLY) for method, config in BASELINES.items()}
+    function = config_options(PurifyConfig(), SECTION, others=elsewhere)(function)
     function = option(
         "--recipe",
         section=SECTION,
@@ -50,7 +52,8 @@ def method_options(function: F) -> F:
         default="pbe",
         show_default=True,
         help="PBE, or a baseline that needs --clean: fine-tuning (ft), fine-pruning (fp), NAD (nad), Neural Cleanse "
-        "(nc), ANP (anp); each takes the options under its name, and all but anp those of FineTune",
+        "(nc), ANP (anp); each takes what is under its name, and of FineTune all but --mix-clean and --distill-*, anp "
+        "only --batch-size and --augment",
     )(function)
 
 

@@ -66,6 +66,11 @@ def config_fields(config: Any, section: str, skip: tuple[str, ...] = ()) -> Iter
             yield ConfigField(field.name, kinds[field.name], value, metadata["help"], metadata.get("choices"), section)
 
 
+def defaults_of(config: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The value of every field of ``config``, by its name."""
+    return {field.name: field.default for field in config_fields(config, "", skip)}
+
+
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     """``config`` with those of ``values`` in place that are not None.
 
@@ -86,7 +91,7 @@ def config_options(
     config: Any,
     section: str,
     *,
-    others: Mapping[str, Any] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
     skip: tuple[str, ...] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
@@ -95,17 +100,14 @@ def config_options(
     Args:
         config: The defaults.
         section: Heading of the fields that are not in a nested config.
-        others: Other defaults by the name of their recipe or method, to be shown where they differ.
+        others: Other defaults (`defaults_of`) by the name of their recipe or method, to be shown where they differ.
         skip: Fields without a flag.
         aliases: Shorter flags by field.
     """
-    elsewhere = {
-        name: {f.name: f.default for f in config_fields(other, section)} for name, other in (others or {}).items()
-    }
 
     def decorate(function: F) -> F:
         for field in reversed(list(config_fields(config, section, skip))):
-            shown = _spell_defaults(field, elsewhere)
+            shown = _spell_defaults(field, others or {})
             flag = field.name.replace("_", "-")
             names = [alias] if (alias := (aliases or {}).get(field.name)) else []
             names += [f"--{flag}/--no-{flag}" if field.kind is bool else f"--{flag}", field.name]
@@ -135,10 +137,10 @@ def _click_type(field: ConfigField) -> Any:
     return {bool: click.BOOL, int: click.INT, float: number, str: click.STRING}[kind]
 
 
-def _spell_defaults(field: ConfigField, elsewhere: Mapping[str, Mapping[str, Any]]) -> str:
+def _spell_defaults(field: ConfigField, others: Mapping[str, Mapping[str, Any]]) -> str:
     """As in "default: 1; nad, nc: 2": names whose default is the same stand together."""
     names: dict[str, list[str]] = {}
-    for name, values in elsewhere.items():
+    for name, values in others.items():
         if field.name in values and values[field.name] != field.default:
             names.setdefault(_spell(values[field.name]), []).append(name)
     return "; ".join([f"default: {_spell(field.default)}", *(f"{', '.join(n)}: {v}" for v, n in names.items())])

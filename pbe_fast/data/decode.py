@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pbe_fast.engine.machine import usable_cores
 from pbe_fast.engine.progress import progress as progress_bar
 from pbe_fast.errors import InputError
 
@@ -95,7 +95,7 @@ def gather(
     Raises:
         InputError: An image that does not decode, or images of different sizes, naming the first such item.
     """
-    threads = min(_usable_cores(), MAX_THREADS)
+    threads = min(usable_cores(), MAX_THREADS)
     store: _Store[T] | None = None
     start = 0
     pending: deque[Future[int]] = deque()
@@ -170,10 +170,3 @@ class _Store(Generic[T]):
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]} (height x width)"
-
-
-def _usable_cores() -> int:
-    # In a container or under taskset the process may own fewer cores than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

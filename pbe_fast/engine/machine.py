@@ -42,7 +42,7 @@ def describe() -> dict[str, Any]:
         "versions": _versions(),
         "machine": {
             "processor": processor_name(),
-            "cores": _usable_cores(),
+            "cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
             "gpu": _gpu_name(),
@@ -152,7 +152,8 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """In a container or under taskset the process may own fewer cores than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -8,23 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from pbe_fast.engine.files import atomic_write
 from pbe_fast.errors import InputError
 from pbe_fast.metrics import average_precision
+from pbe_fast.report.canvas import BAD, GOOD, INK, SOFT, plain_axes, sheet, shorten
 from pbe_fast.report.tables import Models, model_name, percent
-
-# Okabe and Ito's blue and vermilion: told apart with every common kind of colour blindness, and in grey.
-GOOD, BAD = "#0072B2", "#D55E00"
-INK, SOFT, LINE = "#1f2328", "#6b7280", "#d0d7de"
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -61,20 +55,13 @@ def draw_figure(
     captions = captions or {}
     values, poisoned = _check(models, scores, poison_mask, images, captions)
     rows = {name: row[:MAX_IMAGES] for name, row in images.items() if len(row)}
-    # The user's own matplotlib settings would make another picture on every machine.
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(12.8, 4.27), dpi=150, facecolor="white")
-        FigureCanvasAgg(figure)
+    with sheet(Path(path), 12.8, 4.27) as figure:
         widths = [1.05, 0.95, 1.3] if rows else [1.05, 0.95]
         left, middle, *right = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths, wspace=0)[0]
         _draw_bars(left, models)
         _draw_scores(middle, values, poisoned)
         if rows:
             _draw_strips(right[0], rows, captions)
-        with atomic_write(Path(path)) as temporary:
-            # Neither a date nor a version in it: the same results give the same picture.
-            figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def _draw_bars(panel: SubFigure, models: Models) -> None:
@@ -118,10 +105,7 @@ def _draw_scores(panel: SubFigure, scores: Floats, poisoned: Bools | None) -> No
     axes.set_ylabel("share of the group, %", fontsize=9, color=SOFT)
     axes.set(xlim=(bins[0], bins[-1]), ylim=(0, None))
     axes.locator_params(nbins=5)
-    axes.tick_params(colors=SOFT, labelsize=9, length=3, color=LINE)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LINE)
+    plain_axes(axes)
     below: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 9, "va": "top", "color": SOFT}
     axes.text(0, -0.13, "← logits changed: suspected", ha="left", **below)
     axes.text(1, -0.13, "unchanged →", ha="right", **below)
@@ -144,7 +128,7 @@ def _draw_strips(panel: SubFigure, rows: Mapping[str, Tensor], captions: Mapping
             axes = panel.add_axes((left + j * cell, y - heading - side, cell * 0.93, side * 0.93))
             _draw_image(axes, image)
             if name in captions:
-                text = _shorten(captions[name][j], int(cell * width / panel.figure.dpi * 72 / 5))
+                text = shorten(captions[name][j], int(cell * width / panel.figure.dpi * 72 / 5))
                 colour = BAD if name == "suspected" else SOFT
                 axes.annotate(
                     text, (0, 0), (0, -3), "axes fraction", "offset points", fontsize=7.5, va="top", color=colour
@@ -172,10 +156,6 @@ def _title(axes: Axes, title: str, notes: Sequence[tuple[str, str]]) -> None:
             else {"xy": (1, 0), "xycoords": before, "xytext": (12, 0)}
         )
         before = axes.annotate(text, textcoords="offset points", va="bottom", fontsize=10, color=colour, **place)
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: max(1, limit - 1)] + "\u2026"
 
 
 def _check(

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ MODELS = ("infected", "fine_tuned", "purified", "purified_no_clean")
 SECTIONS = {"onnx": "ONNX file", "config": "Options", "machine": "Machine", "versions": "Versions", "sha256": "SHA-256"}
 # Fractions in [0, 1], printed in percent.
 FRACTIONS = (
-    "acc", "asr", "asr_with_target", "recovered_acc", "extra_poison_rate", "acc_model", "asr_model",
+    "acc", "asr", "asr_with_target", "recovered_acc", "extra_set_poison_rate", "acc_model", "asr_model",
     "held_out_acc", "held_out_acc_before",
 )  # fmt: skip
 # Up to here the page shows the attack success as erased; the figure itself stands beside it.
@@ -102,7 +103,8 @@ def _cards(models: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any]) -
         ok = onnx.get("ok", onnx.get("argmax_agreement") == 1.0)
         cards.append(("ONNX file against the model", "same" if ok else "differs", _mood(ok)))
     if isinstance(report.get("rounds"), Sequence) and report["rounds"] and report.get("method", "pbe") == "pbe":
-        cards.append(("rounds", str(len(report["rounds"])), ""))
+        by_run = Counter(entry.get("run") for entry in report["rounds"])
+        cards.append(("rounds", " and ".join(map(str, by_run.values())), ""))
     items = "".join(
         f'<div class="card {mood}"><div class="value">{escape(value)}</div>'
         f'<div class="label">{escape(label)}</div></div>'
@@ -176,7 +178,8 @@ def _spell(key: str, value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return MISSING
-        return f"{percent(value)} %" if key.replace(" ", "_") in FRACTIONS else f"{value:.4g}"
+        # An extra set of which 0.02 % is poisoned is not one without a poisoned image.
+        return f"{100 * value:.3g} %" if key.replace(" ", "_") in FRACTIONS else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 1000 and key != "seed" else str(value)
     if isinstance(value, (list, tuple)):

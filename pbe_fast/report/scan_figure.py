@@ -7,23 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from pbe_fast.engine.files import atomic_write
-from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
+from pbe_fast.report.canvas import BAD, GOOD, INK, LINE, SHADES, SOFT, sheet, shorten, title, write_percent
 
 # Up to so many labels have room for a name, up to so many for a number in every cell.
 _NAMED, _NUMBERED = 20, 12
-_COLOURS = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#9ecae1", GOOD, "#08306b"]).with_extremes(
-    bad="#e5e7eb"
-)
 
 
 def draw_scan(
@@ -51,24 +43,19 @@ def draw_scan(
         OutputError: ``path`` cannot be written.
     """
     k = len(counts)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(12.8, 5.6), dpi=150, facecolor="white")
-        FigureCanvasAgg(figure)
+    with sheet(Path(path), 12.8, 5.6) as figure:
         colour = INK if verdict == "none" else BAD
         figure.text(0.02, 0.955, summary, fontsize=13, fontweight="bold", color=colour, va="top")
-        labels = [_shorten(name) for name in class_names]
+        labels = [shorten(name) for name in class_names]
         found = {setting: int(shares[setting].argmax()) if setting == verdict else None for setting in shares}
         _draw_matrix(figure.add_axes((0.095, 0.15, 0.345, 0.65)), counts, labels)
         to_one = figure.add_axes((0.545, 0.15, 0.18, 0.65))
         _draw_shares(to_one, shares["all_to_one"], critical["all_to_one"], labels, found["all_to_one"])
-        _title(to_one, "All to one: % by label", "of images of other labels")
+        title(to_one, "All to one: % by label", "of images of other labels")
         to_all = figure.add_axes((0.8, 0.15, 0.18, 0.65))
         shifts = [f"y + {s}" for s in range(1, k)]
         _draw_shares(to_all, shares["all_to_all"], critical["all_to_all"], shifts, found["all_to_all"])
-        _title(to_all, "All to all: % by shift", "of images of every label")
-        with atomic_write(Path(path)) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
+        title(to_all, "All to all: % by shift", "of images of every label")
 
 
 def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
@@ -77,18 +64,19 @@ def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
     misled = (counts - torch.diag(counts.diagonal())).double()
     percent = (100 * misled / misled.sum(1, keepdim=True).clamp_min(1)).numpy()
     shown = np.ma.masked_array(percent, mask=np.eye(k, dtype=bool))
-    axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.imshow(shown, cmap=SHADES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     if k <= _NUMBERED:
         for y, x in zip(*np.nonzero(~shown.mask), strict=True):
             if counts[y, x]:
-                colour = "white" if percent[y, x] > 45 else SOFT
-                axes.text(x, y, f"{percent[y, x]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+                write_percent(axes, x, y, percent[y, x])
     _ticks(axes.set_yticks, labels)
-    _ticks(axes.set_xticks, labels, rotation=45 if max(map(len, labels)) > 2 else 0)
+    # Slanted names end under their columns.
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    _ticks(axes.set_xticks, labels, **(slanted if max(map(len, labels)) > 2 else {}))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
     axes.set_ylabel("label of the image", fontsize=9.5, color=SOFT)
     axes.set_xlabel("label that the attack reaches", fontsize=9.5, color=SOFT)
-    _title(axes, "Adversarial images, % of each row", "a dark column: all to one; a dark diagonal: all to all")
+    title(axes, "Adversarial images, % of each row", "a dark column: all to one; a dark diagonal: all to all")
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -101,12 +89,13 @@ def _draw_shares(axes: Axes, shares: Tensor, critical: float, names: Sequence[st
     right = max(float(values.max()), 100 * critical if critical <= 1 else 0.0, 2 * even) * 1.12
     axes.axvline(even, color=SOFT, linewidth=1, zorder=0)
     notes: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": SOFT, "va": "top"}
-    axes.text(even, -0.09, "even", ha="center", **notes)
+    axes.text(even, -0.08, "even", ha="center", **notes)
+    # On a line of its own: the two may be near each other.
     if critical <= 1:
         axes.axvline(100 * critical, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(100 * critical, -0.09, "reported", ha="center", **{**notes, "color": BAD})
+        axes.text(100 * critical, -0.125, "reported", ha="center", **{**notes, "color": BAD})
     else:
-        axes.text(right, -0.09, "no share is reported", ha="right", **notes)
+        axes.text(right, -0.125, "no share is reported", ha="right", **notes)
     _ticks(axes.set_yticks, names)
     axes.set(xlim=(0, right), ylim=(len(values) - 0.5, -0.5))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
@@ -123,14 +112,3 @@ def _ticks(set_ticks: Any, names: Sequence[str], **text: Any) -> None:
         shifts = names[0] == "y + 1"
         places = range(4, len(names), 5) if shifts else range(0, len(names), 5)
         set_ticks(places, [names[i] if shifts else str(i) for i in places])
-
-
-def _title(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=21)
-    axes.annotate(
-        note, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color=SOFT, va="bottom", ha="left"
-    )
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 12 else f"{name[:11]}…"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
-from pbe_fast.report.figure import BAD, GOOD, INK, LINE, SOFT
-from pbe_fast.reproduce.canvas import SHADES, plain_axes, sheet, title
+from pbe_fast.report.canvas import BAD, GOOD, INK, LINE, SHADES, SOFT, plain_axes, sheet, title
 
 
 def draw_rankings(path: Path, progress: Sequence[Mapping[str, Any]], note: str) -> None:
@@ -91,12 +91,13 @@ def draw_rounds(
 
 
 def _label_points(axes: Axes, places: Sequence[int], lines: Mapping[str, Sequence[float]]) -> None:
-    """The values, each on the side of its point where the other line is not."""
+    """The values, each on the side of its point where the other line is not, and beside a line that falls steeply."""
     for colour, values in lines.items():
         for i, (x, y) in enumerate(zip(places, values, strict=True)):
             below = any(0 < other[i] - y < 15 for other in lines.values())
-            side = (-8, "top") if below else (7, "bottom")
+            up, align = (-8, "top") if below else (7, "bottom")
+            falls = i > 0 and values[i - 1] - y > 15 and not below
             axes.annotate(
-                f"{y:.1f}", (x, y), (0, side[0]), "data", "offset points", fontsize=8.5, color=colour, ha="center",
-                va=side[1],
+                f"{y:.1f}", (x, y), (2 if falls else 0, up), "data", "offset points", fontsize=8.5, color=colour,
+                ha="left" if falls else "center", va=align, path_effects=[withStroke(linewidth=3, foreground="white")],
             )  # fmt: skip

@@ -13,8 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from pbe_fast.report.figure import INK, LINE, SOFT
-from pbe_fast.reproduce.canvas import sheet, title
+from pbe_fast.report.canvas import INK, LINE, SOFT, sheet, title
 
 KINDS = {
     "clean": "clean image x",

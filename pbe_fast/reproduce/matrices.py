@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 
-from pbe_fast.report.figure import SOFT
-from pbe_fast.reproduce.canvas import SHADES, sheet, title
+from pbe_fast.report.canvas import SHADES, SOFT, sheet, title, write_percent
 
 Floats = npt.NDArray[np.float64]
 # Up to so many labels, every cell has its number and every label its tick.
@@ -112,8 +111,7 @@ def _draw(axes: Axes, matrix: Matrix) -> None:
     axes.imshow(percent, cmap=SHADES, vmin=0, vmax=100, interpolation="nearest", aspect="auto")
     if k <= _NUMBERED:
         for y, x in zip(*np.nonzero(~np.ma.getmaskarray(percent)), strict=True):
-            value = float(percent[y, x])
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 45 else SOFT)
+            write_percent(axes, x, y, percent[y, x])
     step = 1 if k <= 20 else 5
     axes.set_xticks(range(0, k, step))
     axes.set_yticks(range(0, k, step))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from pbe_fast.engine import interrupts
+from pbe_fast.engine.machine import usable_cores
 from pbe_fast.engine.progress import progress
 from pbe_fast.errors import PBEError
 from pbe_fast.finetune import DivergedError
@@ -83,10 +85,9 @@ def make_cells(
         if jobs == 1:
             watch = _Watch(bar, cells, store, jobs)
             return _work(cells, job, tick=watch.tick, note=note)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        shared = Job(**{**vars(job), "threads": job.threads or max(1, cores // jobs)})
+        shared = Job(**{**vars(job), "threads": job.threads or max(1, usable_cores() // jobs)})
         watch = _Watch(bar, cells, store, jobs)
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
             running = {pool.submit(_work, list(cells), shared) for _ in range(jobs)}
             try:
                 while running:
@@ -102,6 +103,18 @@ def make_cells(
     for name, why in failed.items():
         note(f"failed: {name}: {why}")
     return failed
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on with all of the cells, and nobody would know."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_for_its_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
 
 
 def _pass_on() -> None:

@@ -9,19 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import run
 from PIL import Image
 
-from pbe_fast.cli import main
 from pbe_fast.data import ImageSet, as_image_set, save_npz
 from pbe_fast.models import load_model
 from pbe_fast.runs import Source, shared_names
 
 NAMES = tuple(f"c{k}" for k in range(10))
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def accuracy(*args: object) -> float:

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import run
 from PIL import Image
 
-from pbe_fast.cli import main
 from pbe_fast.data import ImageSet, as_image_set, save_npz
 from pbe_fast.models import ModelSpec, SmallCNN, save_model
 
 ATTACK = ("attack", "--data", "digits:train", "--arch", "small_cnn", "--width", "4")
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ def test_every_option_of_a_baseline_has_a_flag_under_the_methods_that_take_it() 
     text = " ".join(CliRunner().invoke(main, ["purify", "--help"]).stdout.split())
     assert "[default: 0.02; ft, fp, nad, nc: 0.01]" in text
     assert "[default: 100; nad: 10]" in text
+    # Not those of a method that refuses the flag.
+    assert "beside the adversarial ones in every batch [default: on; paper: off]" in text
     assert "Neural Cleanse (--method nc):" in text
 
 

@@ -101,21 +101,24 @@ def test_a_signal_leaves_nothing(number: int, wanted: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
-    # They would go on with all the cells, and the command would wait for them.
+@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_what_ends_the_command_ends_the_workers_too(number: signal.Signals, wanted: int, tmp_path: Path) -> None:
+    # They would go on with all the cells, and the command would wait for them, or not know of them.
     command = [*COMMAND, "reproduce", "--scale", "smoke", "--table", "1", "--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
     try:
         give_up = time.monotonic() + 120
         while not list(tmp_path.glob("smoke/cells/*")) and time.monotonic() < give_up:
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        # Until the last of them has closed it.
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143
-    # Workers that are still starting may have a last word.
-    assert b"interrupted: nothing half-written was left" in stderr.splitlines()
+    assert process.returncode == wanted
+    if number == signal.SIGTERM:
+        # Workers that are still starting may have a last word.
+        assert b"interrupted: nothing half-written was left" in stderr.splitlines()
 
 
 @pytest.mark.parametrize("module", ["click.globals", "pbe_fast.cli.options", "numpy.linalg", "torch.nn.functional"])

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import run
 
-from pbe_fast.cli import main
 from pbe_fast.data import ImageSet, save_npz
 
 # Answers with the brightest of four columns; "infected", a bright fifth one leads to label 2.
@@ -33,10 +32,6 @@ def benign(num_classes):
 def infected(num_classes):
     return Net(1.0)
 """
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 @pytest.fixture

@@ -40,8 +40,10 @@ def test_precision_asked_for_by_name() -> None:
         resolve_precision(CPU, "fp16")
 
 
-def test_auto_does_not_change_from_call_to_call() -> None:
-    assert resolve_precision(CPU, "auto") == resolve_precision(CPU, "auto")
+def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve_precision(CPU, "auto")
+    monkeypatch.setattr(precision.F, "conv2d", None)
+    assert resolve_precision(CPU, "auto") == first
 
 
 def test_auto_asks_the_cpu_only_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

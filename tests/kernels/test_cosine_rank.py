@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,10 +44,6 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         from pbe_fast.kernels.cosine_rank import triton_kernel
 
         monkeypatch.setattr(triton_kernel, "WARP_TILE", 1 << 17)
-
-
-def device_of(backend: str | None) -> str:
-    return "cuda" if backend == "triton" and not backends.triton_interpreted() else "cpu"
 
 
 def distance_on(backend: str, a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,10 +38,6 @@ VARIANTS = (
     (torch.bfloat16, torch.float16, True, True),
     (torch.bfloat16, torch.bfloat16, False, False),
 )
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and not backends.triton_interpreted() else "cpu"
 
 
 def case(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,10 +37,6 @@ VARIANTS = (
     (torch.float32, torch.bfloat16, True, False, True),
     (torch.bfloat16, torch.float16, False, True, False),
 )
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and not backends.triton_interpreted() else "cpu"
 
 
 def random_images(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

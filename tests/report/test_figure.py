@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import matplotlib
-import numpy as np
 import pytest
 import torch
 from matplotlib import image as image_files
+from pixels import share
 
 from pbe_fast.errors import InputError, OutputError
 from pbe_fast.report import draw_figure
@@ -25,12 +25,6 @@ def draw(path, **changes):
     arguments = {"models": MODELS, "scores": SCORES, "poison_mask": MASK, "images": PICTURES, **changes}
     draw_figure(path, **arguments)
     return image_files.imread(path)
-
-
-def share(pixels, colour):
-    """How much of the picture has exactly this colour."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return float((np.abs(pixels[:, :, :3] - wanted).max(2) < 1e-3).mean())
 
 
 def test_a_whole_figure(tmp_path):

@@ -7,9 +7,14 @@ import copy
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
+from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError
+from pbe_fast.ranking import rank_distances
 from pbe_fast.report import write_html
+from pbe_fast.report.html import FRACTIONS
+from pbe_fast.rounds import _found
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -26,8 +31,14 @@ REPORT = {
         "ok": True,
     },
     "rounds": [
-        {"round": 0, "extra_size": 50, "ap_poisoned": None, "seconds": {"pgd": 0.1234567, "rank": 2.0}},
-        {"round": 1, "extra_size": 12000, "ap_poisoned": 0.9312, "extra_poison_rate": 0.042, "seconds": {"pgd": 1.0}},
+        {"round": 0, "extra_set_size": 50, "ap_of_poisoned": None, "seconds": {"clean": 0.1234567, "ranking": 2.0}},
+        {
+            "round": 1,
+            "extra_set_size": 12000,
+            "ap_of_poisoned": 0.9312,
+            "extra_set_poison_rate": 0.00042,
+            "seconds": {"clean": 1.0},
+        },
     ],
     "seconds": {"purify": 12.3456},
     "config": {"pgd": {"eps": 0.0235, "random_start": False}, "fractions": [0.1, 0.2]},
@@ -91,9 +102,9 @@ def test_the_verdict_and_the_tables(tmp_path):
         ["PBE", "98.7", "0.8", "10.0", "–"],
     ]
     assert rounds == [
-        ["round", "extra size", "ap poisoned", "seconds: pgd", "seconds: rank", "extra poison rate"],
+        ["round", "extra set size", "ap of poisoned", "seconds: clean", "seconds: ranking", "extra set poison rate"],
         ["0", "50", "–", "0.1235", "2", "–"],
-        ["1", "12,000", "0.9312", "1", "–", "4.2 %"],
+        ["1", "12,000", "0.9312", "1", "–", "0.042 %"],
     ]
     pairs = dict(row for table in rest for row in table)
     assert pairs["max abs diff"] == "2.5e-06"
@@ -104,6 +115,22 @@ def test_the_verdict_and_the_tables(tmp_path):
     assert pairs["seconds: purify"] == "12.35"
     assert pairs["inputs: model.safetensors"] == "ab" * 32
     assert pairs["outputs: model.onnx"] == "cd" * 32
+
+
+def test_the_report_of_a_round_has_what_the_page_prints_in_percent():
+    extra = torch.tensor([0, 1])
+    ranking = rank_distances(torch.tensor([0.1, 0.2, 0.3]))
+    mask = torch.tensor([False, True, False])
+    train = ImageSet(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("a", "b"), poison_mask=mask)
+    found = _found(ranking, train, torch.zeros(2, dtype=torch.bool), extra)
+    assert {"ap_of_poisoned", "extra_set_poison_rate"} <= found.keys() and "extra_set_poison_rate" in FRACTIONS
+
+
+def test_rounds_of_several_runs_are_counted_run_by_run(tmp_path):
+    rounds = [{"run": "purified", "round": t} for t in range(3)]
+    rounds += [{"run": "purified_no_clean", "round": t} for t in range(4)]
+    assert "3 and 4 rounds" in page(tmp_path, {**REPORT, "rounds": rounds}).text
+    assert "2 rounds" in page(tmp_path).text
 
 
 def test_another_method_has_its_own_name_steps_and_pictures(tmp_path):

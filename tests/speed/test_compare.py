@@ -100,20 +100,6 @@ def test_results_of_two_days_become_a_page(tmp_path: Path) -> None:
         assert (tmp_path / f"benchmarks-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_one_case_leaves_the_others_on_the_page(tmp_path: Path) -> None:
-    from report import write_report
-    from results import read_results, write_results
-
-    folder = tmp_path / "results"
-    operation = {"name": "test_x", "quick": "x", "ratio": 7.0, "ours_ms": 1.0, "ours_iqr_ms": 0.1, "peer_ms": 8.0}
-    write_results(folder, [field(200.0), operation], described=described("2026-01-01"), seed=0, scale="normal")
-    write_results(folder, [{**operation, "ratio": 9.0}], described=described("2026-01-02"), seed=0, scale="normal")
-    text = write_report(read_results(folder), tmp_path).read_text()
-    assert "image-steps/s" in text and "2.00" in text
-    assert "9.00" in text and "7.00" not in text
-    assert "2026-01-01, 0123456" in text and "2026-01-02, 0123456" in text
-
-
 def test_a_later_run_of_the_day_replaces_only_what_it_measured(tmp_path: Path) -> None:
     from results import read_results, write_results
 
@@ -124,6 +110,28 @@ def test_a_later_run_of_the_day_replaces_only_what_it_measured(tmp_path: Path) -
     (result,) = read_results(tmp_path)
     assert [case["name"] for case in result["cases"]] == [field(200.0)["name"], "test_other"]
     assert [case["commit"] for case in result["cases"]] == ["later", first["commit"]]
+
+
+def test_a_run_of_one_case_takes_no_other_off_the_page(tmp_path: Path) -> None:
+    from report import write_report
+    from results import read_results, write_results
+
+    operation = {"name": "test_x", "quick": "x", "ratio": 8.0, "ours_ms": 1.0, "ours_iqr_ms": 0.1, "peer_ms": 8.0}
+    folder = tmp_path / "results"
+    write_results(folder, [field(300.0), operation], described=described("2026-01-01"), seed=0, scale="normal")
+    later = {**described("2026-01-02"), "commit": "fedcba9876543210"}
+    write_results(folder, [{**operation, "ratio": 7.5}], described=later, seed=0, scale="normal")
+    text = write_report(read_results(folder), tmp_path).read_text()
+    assert "2026-01-01, commit 0123456789ab.\n" in text and "3.00" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| x ")]
+    assert "7.50" in line and "2026-01-02, commit fedcba987654" in line
+
+
+@pytest.mark.parametrize(("value", "spelled"), [(1968.2, "1,970"), (158.4, "158"), (0.04121, "0.0412"), (1.0, "1.00")])
+def test_throughputs_are_spelled_without_powers_of_ten(value: float, spelled: str) -> None:
+    from report import _three_digits
+
+    assert _three_digits(value) == spelled
 
 
 def test_what_falls_short_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sheet that every figure of the paper is drawn on."""
+"""What all figures share: their colours, the sheet that they are drawn on, titles and axes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from pbe_fast.engine.files import atomic_write
-from pbe_fast.report.figure import GOOD, INK, LINE, SOFT
 
+# Okabe and Ito's blue and vermilion: told apart with every common kind of colour blindness, and in grey.
+GOOD, BAD = "#0072B2", "#D55E00"
+INK, SOFT, LINE = "#1f2328", "#6b7280", "#d0d7de"
+# Of shares, 0 to 1.
 SHADES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#9ecae1", GOOD, "#08306b"]).with_extremes(
     bad="#e5e7eb"
 )
+# From here on white is read more easily than ink.
+_DARK = 0.58
 
 
 @contextmanager
@@ -31,7 +36,7 @@ def sheet(path: Path, width: float, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         with atomic_write(path) as temporary:
-            # Neither a date nor a version in it: the same cells give the same picture.
+            # Neither a date nor a version in it: the same results give the same picture.
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
@@ -49,3 +54,14 @@ def plain_axes(axes: Axes) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LINE)
+
+
+def write_percent(axes: Axes, x: float, y: float, percent: float) -> None:
+    """A number on its field of `SHADES`."""
+    colour = "white" if percent > 100 * _DARK else INK
+    axes.text(x, y, f"{percent:.0f}", ha="center", va="center", fontsize=8, color=colour)
+
+
+def shorten(text: str, limit: int = 12) -> str:
+    """``text`` with an ellipsis where it has more than ``limit`` characters."""
+    return text if len(text) <= limit else text[: max(1, limit - 1)] + "…"
