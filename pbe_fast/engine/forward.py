@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.engine import profile
+from pbe_fast.engine.copies import in_planes
 from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
@@ -65,6 +66,8 @@ def predict_logits(
     weights = weight_dtype(model)
     if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, FrozenCopy):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
+    # The model may be the user's own, and one that flattens feature maps by view: it is fed as it is laid out.
+    last = any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters())
     streamed = streamed or images.device != device
     out: Tensor | None = None
     start = 0
@@ -74,7 +77,8 @@ def predict_logits(
         while start < n:
             try:
                 for batch in _batches(images, start, size, device, streamed=streamed):
-                    logits = model(to_input(batch).to(weights)).float()
+                    floats = to_input(batch).to(weights)
+                    logits = model(floats if last else in_planes(floats)).float()
                     if out is None:
                         out = torch.empty(n, logits.shape[1], dtype=torch.float32, device=images.device)
                     out[start : start + len(logits)] = logits

@@ -106,7 +106,7 @@ def check_trainable(model: nn.Module, image_shape: tuple[int, int, int]) -> None
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise InputError("model to train", got=f"{type(model).__name__} without parameters", accepted="one with some")
     images = _probe(model, image_shape).float()
-    copied = frozen_copy(model, images.device).train().requires_grad_(True)
+    copied = frozen_copy(model, images.device, image_shape).train().requires_grad_(True)
     what, accepted = "output of the model in train mode", "logits (B, K), as in eval mode, and nothing beside them"
     with _failing("forward pass in train mode"), _drawing(images.device), torch.enable_grad():
         logits: object = copied(images)
@@ -131,7 +131,7 @@ def check_differentiable(model: nn.Module, image_shape: tuple[int, int, int]) ->
         InputError: There is no such gradient, its computation fails, or the model cannot be copied.
     """
     images = _probe(model, image_shape).float().requires_grad_(True)
-    copied = frozen_copy(model, images.device)
+    copied = frozen_copy(model, images.device, image_shape)
     with _failing("gradient with respect to the images"), _drawing(images.device), torch.enable_grad():
         logits = copied(images)
         found = torch.autograd.grad(logits.sum(), images, allow_unused=True)[0] if logits.requires_grad else None
@@ -187,7 +187,7 @@ def _failing(what: str) -> Iterator[None]:
         raise InputError(
             f"the model's {what} fails",
             got=f"{type(error).__name__}: {error}",
-            accepted="a model that works in it on a batch of two images",
+            accepted="a model that works in it, in float32, on a batch of two images",
         ) from error
 
 
