@@ -80,7 +80,7 @@ def restored(model: nn.Module, original: nn.Module) -> nn.Module:
 def in_planes(images: Tensor) -> Tensor:
     """Images (B, C, H, W) with the strides of NCHW."""
     # Not contiguous(), to which one channel is in order as it is, while a convolution still takes it as channels_last.
-    planes: Tensor = images.flatten(1).unflatten(1, images.shape[1:])  # type: ignore[no-untyped-call]
+    planes: Tensor = images.flatten(1).unflatten(1, images.shape[1:])
     return planes
 
 

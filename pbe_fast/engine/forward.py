@@ -64,7 +64,7 @@ def predict_logits(
     n, device = len(images), _device_of(model, images)
     size = min(n, batch_size or _LARGEST)
     weights = weight_dtype(model)
-    if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, FrozenCopy):
+    if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, (FrozenCopy, torch.jit.ScriptModule)):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
     # The model may be the user's own, and one that flattens feature maps by view: it is fed as it is laid out.
     last = any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters())

@@ -14,6 +14,8 @@ from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.errors import InputError, PBEWarning
 
 _BATCH = 2
+# Of probabilities in 16 bits.
+_SLACK = 1e-2
 _DIFFERENTIABLE = "a forward pass without no_grad, detach, numpy or quantised weights between the two"
 
 
@@ -45,7 +47,8 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
 
     Raises:
         InputError: Not a module, a forward pass that fails, an output that is no float tensor (B, K), K below
-            ``num_classes``, or logits that are not finite.
+            ``num_classes``, logits that are not finite, or probabilities, which attacks and training would take for
+            logits, and so for hardly any difference between the classes.
     """
     accepted = f"a torch.nn.Module that returns logits (B, K), K of at least {num_classes}"
     model = check_module(model, accepted)
@@ -73,6 +76,12 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
         )
     if not bool(logits.isfinite().all()):
         raise InputError("logits of the model", got="values that are NaN or infinite", accepted="finite logits")
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.float().sum(1) - 1).abs() < _SLACK).all()):
+        raise InputError(
+            "output of the model",
+            got="probabilities: no value is below 0, and those of each image sum to 1",
+            accepted="logits, as they are before the softmax",
+        )
     if logits.shape[1] > num_classes:
         warnings.warn(
             f"the data has {num_classes} classes and the model {logits.shape[1]} logits: those beyond the classes "
@@ -97,9 +106,7 @@ def check_trainable(model: nn.Module, image_shape: tuple[int, int, int]) -> None
             returns no logits (B, K) in train mode (some networks have auxiliary outputs there), or logits that do not
             depend on its parameters.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        got = f"a TorchScript model ({type(model).__name__})"
-        raise InputError("model to train", got=got, accepted="the torch.nn.Module that it was made of")
+    _refuse_script(model, "model to train")
     if (name := _not_float(model)) is not None:
         got = f"{type(model).__name__}, of which '{name}' holds whole numbers"
         raise InputError("model to train", got=got, accepted="floating-point weights: the model before quantisation")
@@ -128,8 +135,9 @@ def check_differentiable(model: nn.Module, image_shape: tuple[int, int, int]) ->
         image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: There is no such gradient, its computation fails, or the model cannot be copied.
+        InputError: A TorchScript model, one without such a gradient, or one that cannot be copied or differentiated.
     """
+    _refuse_script(model, "model to attack")
     images = _probe(model, image_shape).float().requires_grad_(True)
     copied = frozen_copy(model, images.device, image_shape)
     with _failing("gradient with respect to the images"), _drawing(images.device), torch.enable_grad():
@@ -162,6 +170,12 @@ def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (torch.device("cpu"), torch.float32)
     images = torch.rand(_BATCH, *image_shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     return images.to(device=device, dtype=dtype)
+
+
+def _refuse_script(model: nn.Module, what: str) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        got = f"a TorchScript model ({type(model).__name__})"
+        raise InputError(what, got=got, accepted="the torch.nn.Module that it was made of")
 
 
 def _not_float(model: nn.Module) -> str | None:
