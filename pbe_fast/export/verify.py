@@ -203,7 +203,8 @@ class _Comparison:
         difference = float(np.abs(logits - expected).max())
         self.max_abs_diff = max(self.max_abs_diff, difference)
         if difference > self.tolerance:
-            self.problems.append(f"{where}: got logits {difference:.3g} off the model's; accepted: {self.tolerance:g}")
+            scale = f"{difference:.3g} off the model's, which reach {float(np.abs(expected).max()):.3g}"
+            self.problems.append(f"{where}: got logits {scale}; accepted: {self.tolerance:g}")
         if same < len(expected):
             self.problems.append(
                 f"{where}: got {len(expected) - same} of {len(expected)} predictions other than the model's"
