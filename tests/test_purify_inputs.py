@@ -155,6 +155,14 @@ def test_models_that_flatten_by_view_and_keep_what_they_computed(data: ImageSet,
     assert not train_infected(model, data, config=config_of_attack, **options).model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("on_round", [3, lambda t: t, lambda t, model, ranking, more: t])
+def test_what_cannot_be_called_after_a_round(model: nn.Module, data: ImageSet, on_round: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"on_round; got .*; accepted: a function of a round's number, model and ranking"
+    ):
+        purify(model, data, on_round=on_round, device="cpu", progress=False)
+
+
 class Auxiliary(nn.Module):
     """With a second output in train mode, as torchvision's inception_v3."""
 
