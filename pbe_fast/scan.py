@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,11 @@ from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
-from pbe_fast.errors import InputError
+from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
-from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious
+from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious, undetectable
 
 __all__ = ["ScanLevel", "ScanResult", "most_suspicious", "scan"]
 
@@ -98,6 +99,14 @@ def scan(
         levels = (*_attack(reached, config), *_patches(reached, config, sample.image_shape))
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"
+    missed = undetectable(levels, config.significance)
+    if missed and verdict == "none":
+        warnings.warn(
+            f"too few images to find a backdoor ({', '.join(missed)}), whatever the attack shows: got {len(sample)} "
+            f"that the model answers rightly, of {labels} labels; a few hundred are enough",
+            PBEWarning,
+            stacklevel=3,
+        )
     at = int(level.shares(setting).argmax())
     return ScanResult(
         verdict=verdict,
