@@ -102,11 +102,11 @@ def check_trainable(model: nn.Module, image_shape: tuple[int, int, int]) -> None
         image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: A TorchScript or quantised model, one without parameters, one that cannot be copied, one that
+        InputError: A TorchScript, DDP or quantised model, one without parameters, one that cannot be copied, one that
             returns no logits (B, K) in train mode (some networks have auxiliary outputs there), or logits that do not
             depend on its parameters.
     """
-    _refuse_script(model, "model to train")
+    _refuse_wrapped(model, "model to train")
     if (name := _not_float(model)) is not None:
         got = f"{type(model).__name__}, of which '{name}' holds whole numbers"
         raise InputError("model to train", got=got, accepted="floating-point weights: the model before quantisation")
@@ -135,9 +135,9 @@ def check_differentiable(model: nn.Module, image_shape: tuple[int, int, int]) ->
         image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: A TorchScript model, one without such a gradient, or one that cannot be copied or differentiated.
+        InputError: A TorchScript or DDP model, one without such a gradient, or one that cannot be copied.
     """
-    _refuse_script(model, "model to attack")
+    _refuse_wrapped(model, "model to attack")
     images = _probe(model, image_shape).float().requires_grad_(True)
     copied = frozen_copy(model, images.device, image_shape)
     with _failing("gradient with respect to the images"), _drawing(images.device), torch.enable_grad():
@@ -172,10 +172,14 @@ def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     return images.to(device=device, dtype=dtype)
 
 
-def _refuse_script(model: nn.Module, what: str) -> None:
+def _refuse_wrapped(model: nn.Module, what: str) -> None:
+    """Of what cannot be worked on, though what is inside it can."""
     if isinstance(model, torch.jit.ScriptModule):
         got = f"a TorchScript model ({type(model).__name__})"
         raise InputError(what, got=got, accepted="the torch.nn.Module that it was made of")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # A copy of it talks to the other processes, which may not be making one.
+        raise InputError(what, got=type(model).__name__, accepted="the network in it: model.module")
 
 
 def _not_float(model: nn.Module) -> str | None:

@@ -185,6 +185,15 @@ def test_scripted_models_can_neither_be_trained_nor_attacked(check: Callable[...
         check(torch.jit.script(SmallCNN(2, width=2)), SHAPE)
 
 
+@pytest.mark.parametrize("check", [check_trainable, check_differentiable])
+def test_distributed_models_are_refused(check: Callable[..., None]) -> None:
+    # As one that is there: to make one takes a process group.
+    model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(model)
+    with pytest.raises(InputError, match=r"got DistributedDataParallel; accepted: the network in it: model\.module"):
+        check(model, SHAPE)
+
+
 def test_quantised_models_are_refused() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(SmallCNN(3, width=2), {nn.Linear})
     with pytest.raises(InputError, match=r"of which 'linear.*' holds whole numbers; accepted: floating-point weights"):
