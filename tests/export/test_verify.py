@@ -185,7 +185,7 @@ def test_not_onnx(tiny, images, tmp_path):
         InputError, match=r"ONNX file .*m\.onnx; got a file of another kind; accepted: a file that export"
     ):
         verify(tmp_path / "m.onnx", tiny, images)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="which is no file"):
         verify(tmp_path / "absent.onnx", tiny, images)
 
 
@@ -280,7 +280,18 @@ def test_random_images_follow_the_seed(saved, tiny, images):
     assert len(set(found)) >= 2
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"tolerance": 0.0}, {"tolerance": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+        {"tolerance": 0.0},
+        {"tolerance": float("nan")},
+        {"tolerance": "1e-3"},
+        {"providers": "CPUExecutionProvider"},
+        {"seed": "1"},
+    ],
+)
 def test_bad_options(saved, tiny, images, options):
-    with pytest.raises(InputError, match="both above 0"):
+    with pytest.raises(InputError, match=rf"{next(iter(options))}; got .*; accepted: a"):
         verify(saved, tiny, images, **options)
