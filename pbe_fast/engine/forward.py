@@ -19,6 +19,8 @@ _LARGEST = 512
 # Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
 _WORTH_FOLDING = 4096
 
+# Of a model of the user's own that flattens feature maps by view: what torch says where their strides do not allow it.
+_NO_CHANNELS_LAST = "view size is not compatible"
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -66,8 +68,7 @@ def predict_logits(
     weights = weight_dtype(model)
     if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, (FrozenCopy, torch.jit.ScriptModule)):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
-    # The model may be the user's own, and one that flattens feature maps by view: it is fed as it is laid out.
-    last = any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters())
+    channels_last = True
     streamed = streamed or images.device != device
     out: Tensor | None = None
     start = 0
@@ -78,7 +79,7 @@ def predict_logits(
             try:
                 for batch in _batches(images, start, size, device, streamed=streamed):
                     floats = to_input(batch).to(weights)
-                    logits = model(floats if last else in_planes(floats)).float()
+                    logits = model(floats if channels_last else in_planes(floats)).float()
                     if out is None:
                         out = torch.empty(n, logits.shape[1], dtype=torch.float32, device=images.device)
                     out[start : start + len(logits)] = logits
@@ -86,6 +87,9 @@ def predict_logits(
                     bar.update(len(logits))
                     profile.record(images=len(logits), forwards=len(logits))
             except RuntimeError as error:
+                if channels_last and _NO_CHANNELS_LAST in str(error):
+                    channels_last = False
+                    continue
                 if size == 1 or not is_out_of_memory(error):
                     raise
             if start < n:
