@@ -13,7 +13,7 @@ from torch import nn
 from pbe_fast.config import AttackConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.data.augment import augment
-from pbe_fast.engine.copies import deep_copy
+from pbe_fast.engine.copies import without_hook, working_copy
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
@@ -97,9 +97,7 @@ def train_infected(
         "target_label": config.target_label,
     }
     poison_candidates(clean, trigger, **which)
-    trained: nn.Module = deep_copy(model).to(  # type: ignore[call-overload]
-        device=where, dtype=torch.float32, memory_format=torch.channels_last
-    )
+    trained = working_copy(model, where, clean.image_shape)
     per_epoch = steps_per_epoch(len(clean), config.training.batch_size)
     tuning: dict[str, Any] = {
         "total_steps": config.epochs * per_epoch,
@@ -132,7 +130,7 @@ def train_infected(
                 desc = f"training, epoch {epoch + 1}/{config.epochs}"
                 losses.append(tuner.run(data, steps=per_epoch, desc=desc))
     return InfectedModel(
-        model=trained.eval().cpu(),
+        model=without_hook(trained).eval().cpu(),
         train_data=poisoned.to("cpu"),
         trigger=trigger,
         config=config,

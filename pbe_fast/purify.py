@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.engine.streaming import check_limit
+from pbe_fast.errors import InputError
 from pbe_fast.forgetting import warn_of_missing
 from pbe_fast.models import check_batch, check_differentiable, check_model, check_trainable
 from pbe_fast.options import check_kind
@@ -81,6 +83,7 @@ def purify(
     seed = check_seed(seed)
     where = resolve_device(device)
     check_limit(device_memory_limit)
+    _check_on_round(on_round)
     train, clean = as_train_and_clean(train_data, clean_data, progress=progress)
     data = clean if clean is not None else train
     assert data is not None
@@ -106,3 +109,15 @@ def purify(
             return run.with_clean_set(run.placed(clean), run.placed(train) if train is not None else None)
         assert train is not None
         return run.without_clean_set(run.placed(train))
+
+
+def _check_on_round(on_round: OnRound | None) -> None:
+    """A round may take hours, after which it would fail."""
+    try:
+        if on_round is not None:
+            inspect.signature(on_round).bind(0, nn.Module(), None)
+    except TypeError as error:
+        accepted = "a function of a round's number, model and ranking"
+        raise InputError("on_round", got=f"{on_round!r} ({error})", accepted=accepted) from error
+    except ValueError:
+        pass  # of a builtin nobody knows

@@ -32,7 +32,6 @@ from pbe_fast.ranking import Ranking, changed_labels, label_distances
 RANKING_NAME = "ranking.csv"
 TRACE_NAME = "trace.json"
 REPORT_NAME = "report.json"
-_NO_RANKING = "no ranking; got a run without train_data; accepted: one with a training set"
 # Made from a model that a new run replaces: kept beside the new one they would pass for its own.
 DERIVED = (REPORT_NAME, RANKING_NAME, "model.onnx", "figure.png", "report.html", TRACE_NAME, "trigger_*.png")
 
@@ -76,10 +75,10 @@ class PurifyResult:
         """(N,) bool over the training set: images that look poisoned; see `Ranking.suspected`.
 
         Raises:
-            ValueError: There was no training set to rank.
+            InputError: There was no training set to rank.
         """
         if self.ranking is None:
-            raise ValueError(_NO_RANKING)
+            raise _no_ranking()
         return self.ranking.suspected()
 
     def suspected_labels(self) -> list[int]:
@@ -88,10 +87,10 @@ class PurifyResult:
         An attack from every label to the next one names none.
 
         Raises:
-            ValueError: There was no training set to rank.
+            InputError: There was no training set to rank.
         """
         if self.ranking is None or self.train_data is None:
-            raise ValueError(_NO_RANKING)
+            raise _no_ranking()
         return suspected_labels(self.ranking, self.train_data)
 
     def report(self) -> dict[str, Any]:
@@ -275,3 +274,7 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _no_ranking() -> InputError:
+    return InputError("no ranking", got="a run without train_data", accepted="one with a training set")

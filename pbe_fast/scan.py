@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +15,16 @@ from pbe_fast.attraction import reached_labels
 from pbe_fast.calibration import LEAST_REPRESENTED
 from pbe_fast.config import PGDConfig, ScanConfig
 from pbe_fast.data import ImageSet, as_image_set
+from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device, resolve_precision
 from pbe_fast.engine.seeding import check_seed, seeded
-from pbe_fast.errors import InputError
+from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
-from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious
+from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious, undetectable
 
 __all__ = ["ScanLevel", "ScanResult", "most_suspicious", "scan"]
 
@@ -81,11 +82,10 @@ def scan(
     check_model(model, data.image_shape, data.num_classes)
     check_differentiable(model, data.image_shape)
     dtype = resolve_precision(where, precision)
-    scanned: nn.Module = copy.deepcopy(model).to(device=where, dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scanned.eval().requires_grad_(False)
+    scanned = frozen_copy(model, where, data.image_shape)
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, where):
-        sample = _sample(scanned, data, config.images, generator, dtype).to(where)
+        sample = _sample(scanned, data, config.images, generator, dtype, where)
         labels = len(sample.labels.unique())
         if labels < LEAST_REPRESENTED * data.num_classes:
             raise InputError(
@@ -99,6 +99,14 @@ def scan(
         levels = (*_attack(reached, config), *_patches(reached, config, sample.image_shape))
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"
+    missed = undetectable(levels, config.significance)
+    if missed and verdict == "none":
+        warnings.warn(
+            f"too few images to find a backdoor ({', '.join(missed)}), whatever the attack shows: got {len(sample)} "
+            f"that the model answers rightly, of {labels} labels; a few hundred are enough",
+            PBEWarning,
+            stacklevel=3,
+        )
     at = int(level.shares(setting).argmax())
     return ScanResult(
         verdict=verdict,
@@ -118,11 +126,18 @@ def scan(
     )
 
 
-def _sample(model: nn.Module, data: ImageSet, count: int, generator: torch.Generator, dtype: torch.dtype) -> ImageSet:
+def _sample(
+    model: nn.Module,
+    data: ImageSet,
+    count: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ImageSet:
     """Up to ``count`` images that the model answers rightly, as even by label as there are images."""
     order = torch.randperm(len(data), generator=generator)
     # Enough for a model that is right half of the time; the whole of a large set need not be predicted.
-    drawn = data.select(_even(data.labels.cpu()[order], order, 2 * count)).to(next(model.parameters()).device)
+    drawn = data.select(_even(data.labels.cpu()[order], order, 2 * count)).to(device)
     right = predict_logits(model, drawn.images, dtype=dtype).argmax(1) == drawn.labels
     if not right.any():
         raise InputError(

@@ -83,6 +83,12 @@ class ScanLevel:
         """
         return self.largest(setting).p_value(CONCENTRATION[setting, self.name])
 
+    def critical(self, setting: str, significance: float) -> float:
+        """The share whose p-value is below ``significance``; infinite where none is, and where nothing is tested."""
+        if setting not in self.settings:
+            return math.inf
+        return self.largest(setting).critical(significance, CONCENTRATION[setting, self.name])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         tests = {
@@ -217,10 +223,7 @@ class ScanResult:
 
     def _critical(self, setting: str) -> float:
         """The share at the most suspicious level from which on a backdoor is reported."""
-        if setting not in self.level.settings:
-            return math.inf
-        each = self.config.significance / _tests(self.levels)
-        return self.level.largest(setting).critical(each, CONCENTRATION[setting, self.level.name])
+        return self.level.critical(setting, self.config.significance / _tests(self.levels))
 
 
 def most_suspicious(levels: tuple[ScanLevel, ...]) -> tuple[ScanLevel, str, float]:
@@ -228,6 +231,12 @@ def most_suspicious(levels: tuple[ScanLevel, ...]) -> tuple[ScanLevel, str, floa
     tested = [(level, setting) for level in levels for setting in level.settings]
     level, setting = min(tested, key=lambda test: test[0].p_value(test[1]))
     return level, setting, min(1.0, level.p_value(setting) * _tests(levels))
+
+
+def undetectable(levels: tuple[ScanLevel, ...], significance: float) -> list[str]:
+    """The settings of which nothing could be reported, whatever share of the images went to one label."""
+    each = significance / _tests(levels)
+    return [setting for setting in _SHARES if all(math.isinf(level.critical(setting, each)) for level in levels)]
 
 
 def _tests(levels: tuple[ScanLevel, ...]) -> int:

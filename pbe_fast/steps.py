@@ -51,7 +51,7 @@ class Steps:
         self.progress = progress
         self.device = device
         self.limit = limit
-        self.infected = frozen_copy(model, device)
+        self.infected = frozen_copy(model, device, data.image_shape)
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.original = model
         self.generator = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.defenses import fine_tune, neural_cleanse
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.errors import InputError, PBEWarning
+from pbe_fast.metrics import evaluate
 from pbe_fast.purify import purify
 from pbe_fast.result import PurifyResult
 from pbe_fast.scan import scan
@@ -120,6 +121,46 @@ def test_models_that_cannot_be_trained(model: nn.Module, data: ImageSet) -> None
         for train, clean in ((data, None), (None, data)):
             with pytest.raises(InputError, match=text):
                 run(untrainable, train, clean)
+
+
+class Tutorial(nn.Module):
+    """Flattens by ``view``, and keeps its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(1024, 4)
+        self.kept: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.norm(self.conv(images)).relu()
+        self.kept = [features]
+        logits: Tensor = self.linear(features.view(-1, 1024))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_models_that_flatten_by_view_and_keep_what_they_computed(data: ImageSet, precision: str) -> None:
+    torch.manual_seed(0)
+    model = Tutorial()
+    images = data.floats()
+    data = dataclasses.replace(data, labels=model.eval()(images).argmax(1))
+    options: dict[str, Any] = {"device": "cpu", "precision": precision, "progress": False}
+    config = PurifyConfig(**QUICK, fractions=(0.5, 0.6))
+    result = purify(model, data, config=config, on_round=lambda *_: None, **options)
+    assert not result.model._forward_pre_hooks
+    assert result.model(images).shape == (160, 4)
+    assert fine_tune(model, data, **options).model(images).shape == (160, 4)
+    assert evaluate(model, data).acc == 1
+    config_of_attack = AttackConfig(attack="badnets", epochs=1)
+    assert not train_infected(model, data, config=config_of_attack, **options).model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("on_round", [3, lambda t: t, lambda t, model, ranking, more: t])
+def test_what_cannot_be_called_after_a_round(model: nn.Module, data: ImageSet, on_round: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"on_round; got .*; accepted: a function of a round's number, model and ranking"
+    ):
+        purify(model, data, on_round=on_round, device="cpu", progress=False)
 
 
 class Auxiliary(nn.Module):

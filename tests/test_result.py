@@ -78,7 +78,7 @@ def test_a_model_that_came_without_training_images(tmp_path: Path) -> None:
         "std": None, "class_names": None,
     }  # fmt: skip
     assert not (out / "ranking.csv").exists()
-    with pytest.raises(ValueError, match="no ranking"):
+    with pytest.raises(InputError, match="no ranking"):
         make_result(SmallCNN(5, 3, 6), ranked=False).suspected()
     with pytest.raises(InputError, match=r"accepted: save\(folder, spec=ModelSpec"):
         make_result(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ranked=False).save(tmp_path / "unknown")
@@ -110,7 +110,7 @@ def test_labels_that_changed_far_more_than_others_are_named() -> None:
         "suspected: 3 of 12 training images",
         "labels that changed far more than the others: ant",
     ]
-    with pytest.raises(ValueError, match="no ranking"):
+    with pytest.raises(InputError, match="no ranking"):
         make_result(SmallCNN(4, 1, 4), ranked=False).suspected_labels()
 
 

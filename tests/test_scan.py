@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pbe_fast
 from pbe_fast.calibration import Largest
 from pbe_fast.config import ScanConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.errors import InputError, OutputError
+from pbe_fast.errors import InputError, OutputError, PBEWarning
 from pbe_fast.scan import ScanLevel, ScanResult, most_suspicious
 
 K = 6
@@ -221,6 +222,31 @@ def test_the_model_and_the_random_state_stay_as_they_were_and_a_seed_fixes_the_r
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model.gain.requires_grad and model.gain.grad is None
     assert {**first.to_dict(), "seconds": 0} == {**again.to_dict(), "seconds": 0}
+
+
+class Buffered(Stripes):
+    """Without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(target=4)
+        gain = self.gain.detach()
+        del self.gain
+        self.register_buffer("gain", gain)
+
+
+def test_a_model_without_parameters() -> None:
+    assert _scan(Buffered()).target_label == 4
+
+
+def test_images_too_few_to_find_anything_bring_a_warning() -> None:
+    with pytest.warns(
+        PBEWarning, match=r"too few images to find a backdoor \(all_to_one\).*: got 6 that .*, of 6 labels"
+    ) as seen:
+        found = pbe_fast.scan(Stripes(target=4), _stripes(6), device="cpu", precision="fp32")
+    assert found.verdict == "none" and seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pbe_fast.scan(Stripes(), _stripes(60), device="cpu", precision="fp32")
 
 
 def test_what_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from pbe_fast.data import arrays
 from pbe_fast.data.decode import Pixels, chunked, gather, pixels_of
@@ -32,7 +32,7 @@ def read(source: Any, options: ReadOptions, *, parallel: bool = False, known: Se
     """The image set of a dataset, every item read once.
 
     A random transform in the dataset is therefore drawn once and kept. Class names are taken from the ``classes`` of
-    the dataset, or of the one that it is a `Subset` of.
+    the dataset, of the one that it is a `Subset` of, or of those that it is a `ConcatDataset` of.
 
     Args:
         source: The dataset; items as in `ITEMS`, or dictionaries with one of `IMAGE_KEYS` and one of `LABEL_KEYS`.
@@ -41,7 +41,8 @@ def read(source: Any, options: ReadOptions, *, parallel: bool = False, known: Se
         known: Class names to use where the dataset has none.
 
     Raises:
-        InputError: An iterable-style or empty dataset, or an item that cannot be read, naming its index.
+        InputError: An iterable-style or empty dataset, an item that cannot be read, naming its index, or a
+            `ConcatDataset` of parts whose classes differ.
     """
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
         raise InputError("an iterable-style dataset", got=type(source).__name__, accepted="map-style, with a length")
@@ -119,5 +120,23 @@ def _pixels(image: Any, i: int, size: tuple[int, int] | None) -> Pixels:
 def _classes(source: Any) -> list[str] | None:
     while isinstance(source, Subset):
         source = source.dataset
+    if isinstance(source, ConcatDataset):
+        return _common([_classes(part) for part in source.datasets])
     classes = getattr(source, "classes", None)
     return [str(name) for name in classes] if isinstance(classes, (list, tuple)) and classes else None
+
+
+def _common(parts: list[list[str] | None]) -> list[str] | None:
+    """The class names of all parts, of which some may lack the last ones; None where one has no names."""
+    named = [part for part in parts if part is not None]
+    if len(named) < len(parts):
+        return None
+    longest = max(named, key=len)
+    for part in named:
+        if part != longest[: len(part)]:
+            raise InputError(
+                "a ConcatDataset in whose parts one label stands for different classes",
+                got=f"{', '.join(longest)} and {', '.join(part)}",
+                accepted="the same classes in the same order in all parts",
+            )
+    return longest

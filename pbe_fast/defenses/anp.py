@@ -14,6 +14,7 @@ from pbe_fast.baselines import ANPConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.data.augment import augment
 from pbe_fast.defenses.base import Defense, Work
+from pbe_fast.engine.copies import deep_copy
 from pbe_fast.engine.forward import to_input
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
@@ -42,7 +43,7 @@ class ANP(Defense[ANPConfig]):
             entry |= {"images": len(held_out), "held_out_acc_before": before, "held_out_acc": before}
             threshold = None
             for candidate in thresholds(config):
-                pruned = copy.deepcopy(work.model)
+                pruned = deep_copy(work.model)
                 prune(pruned, names, masks <= candidate)
                 accuracy = work.accuracy(pruned, held_out)
                 if accuracy < (1 - config.max_drop) * before:

@@ -46,7 +46,7 @@ class Work:
     def __init__(
         self, model: nn.Module, clean: ImageSet, *, seed: int, device: torch.device, precision: str, progress: bool
     ) -> None:
-        self.infected = frozen_copy(model, device)
+        self.infected = frozen_copy(model, device, clean.image_shape)
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.clean = clean
         self.seed = seed

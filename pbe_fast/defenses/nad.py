@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from pbe_fast.baselines import NADConfig
 from pbe_fast.config import FineTuneConfig
 from pbe_fast.defenses.base import Defense, Work
+from pbe_fast.engine.copies import deep_copy
 from pbe_fast.engine.forward import to_input
 from pbe_fast.engine.precision import autocast
 from pbe_fast.finetune import FineTuner
@@ -27,7 +27,7 @@ class NAD(Defense[NADConfig]):
         """Make the teacher, then distill it into the infected model."""
         stages = conv_stages(work.infected, to_input(work.clean.images[:2]), len(config.betas))
         betas = dict(zip(stages, config.betas[-len(stages) :], strict=True))
-        teacher = copy.deepcopy(work.model)
+        teacher = deep_copy(work.model)
         work.fine_tune(
             work.clean,
             config.finetune,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -24,6 +26,9 @@ RUN_FILES = (
     "trace.json",
 )
 
+# A full disk, a quota that is used up, a limit on the size of files.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -40,7 +45,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder, with the same suffix, where nothing exists yet.
 
     Raises:
-        OutputError: The folder cannot be made or written to, ``path`` is a folder, or the block wrote no file.
+        OutputError: The folder cannot be made or written to, ``path`` is a folder, the disk is full, or the block wrote
+            no file.
     """
     path = Path(path)
     if path.is_dir():
@@ -58,6 +64,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         if temporary.exists() or error.filename != str(temporary):
             raise
         raise OutputError(f"nothing was written for {path}") from error
+    except Exception as error:
+        if (number := _errno(error)) not in _NO_ROOM:
+            raise
+        raise OutputError(
+            f"cannot write {path}: got {os.strerror(number)}; accepted: a disk with room for it"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
@@ -137,6 +149,15 @@ def _require_writable(folder: Path) -> int:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+
+
+def _errno(error: Exception) -> int:
+    """The system's number of an error; 0 where it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # As safetensors, which is written in Rust, has it.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from pbe_fast.engine.copies import frozen_copy
+from pbe_fast.engine.copies import frozen_copy, needs_planes
 from pbe_fast.engine.frozen_layers import AffineReLU, StridedConv2d, WinogradConv2d
 from pbe_fast.engine.fusing import fused, place_convolutions
 from pbe_fast.engine.tracing import is_untouched, trace
@@ -48,15 +48,16 @@ class FrozenCopy(nn.Module):
         self.is_fused = False
         self._device_type = device.type
         pairs = foldable_pairs(model) if image_shape is not None else []
-        self.net = frozen_copy(model, device)
+        self.net = frozen_copy(model, device, image_shape)
         if pairs and image_shape is not None:
-            folded = _folded(model, pairs, device)
+            folded = _folded(self.net, model, pairs, device)
             if _agree(self.net, folded, torch.Size((2, *image_shape)), device):
                 self.net = folded
             else:
                 pairs = []
         self._pairs = pairs
-        if dtype == torch.bfloat16 and image_shape is not None:
+        # Winograd's convolutions answer in channels_last.
+        if dtype == torch.bfloat16 and image_shape is not None and not needs_planes(self.net):
             self._fuse(image_shape)
         if dtype != torch.float32:
             _hold_products(self.net, dtype)
@@ -149,8 +150,8 @@ def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def _folded(model: nn.Module, pairs: list[tuple[str, str]], device: torch.device) -> nn.Module:
-    net = frozen_copy(model, device)
+def _folded(frozen: nn.Module, model: nn.Module, pairs: list[tuple[str, str]], device: torch.device) -> nn.Module:
+    net = frozen_copy(frozen, device)
     for conv, norm in pairs:
         target = net.get_submodule(conv)
         weight = target.get_parameter("weight")

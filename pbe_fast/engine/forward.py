@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.engine import profile
+from pbe_fast.engine.copies import in_planes
 from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
@@ -18,6 +19,8 @@ _LARGEST = 512
 # Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
 _WORTH_FOLDING = 4096
 
+# Of a model of the user's own that flattens feature maps by view: what torch says where their strides do not allow it.
+_NO_CHANNELS_LAST = "view size is not compatible"
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -63,8 +66,9 @@ def predict_logits(
     n, device = len(images), _device_of(model, images)
     size = min(n, batch_size or _LARGEST)
     weights = weight_dtype(model)
-    if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, FrozenCopy):
+    if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, (FrozenCopy, torch.jit.ScriptModule)):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
+    channels_last = True
     streamed = streamed or images.device != device
     out: Tensor | None = None
     start = 0
@@ -74,7 +78,8 @@ def predict_logits(
         while start < n:
             try:
                 for batch in _batches(images, start, size, device, streamed=streamed):
-                    logits = model(to_input(batch).to(weights)).float()
+                    floats = to_input(batch).to(weights)
+                    logits = model(floats if channels_last else in_planes(floats)).float()
                     if out is None:
                         out = torch.empty(n, logits.shape[1], dtype=torch.float32, device=images.device)
                     out[start : start + len(logits)] = logits
@@ -82,6 +87,9 @@ def predict_logits(
                     bar.update(len(logits))
                     profile.record(images=len(logits), forwards=len(logits))
             except RuntimeError as error:
+                if channels_last and _NO_CHANNELS_LAST in str(error):
+                    channels_last = False
+                    continue
                 if size == 1 or not is_out_of_memory(error):
                     raise
             if start < n:

@@ -207,7 +207,7 @@ def _quiet_kineto() -> Iterator[None]:
 def count_flops(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> int:
     """Floating-point operations of a forward pass of one image, a multiplication and an addition counted as two."""
     images = torch.zeros(1, *image_shape, dtype=torch.float32, device=device)
-    copy = frozen_copy(model, device)
+    copy = frozen_copy(model, device, image_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy(images)
     return int(counter.get_total_flops())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.progress import progress as show
+from pbe_fast.engine.seeding import check_seed
 from pbe_fast.errors import InputError, VerificationError
 from pbe_fast.export.graph import Graph, read_graph
 from pbe_fast.export.runtime import Floats, run, start_sessions
@@ -116,11 +117,11 @@ def verify_onnx(
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError("ONNX file", got=f"{path}, which does not exist", accepted="a file that export_onnx wrote")
+        raise InputError("ONNX file", got=f"{path}, which is no file", accepted="a file that export_onnx wrote")
     images = as_image_set(images, progress=progress)
     triggered = None if triggered is None else as_image_set(triggered, progress=progress)
-    if batch_size < 1 or not tolerance > 0:
-        raise InputError("batch_size or tolerance", got=f"{batch_size}, {tolerance}", accepted="both above 0")
+    _check_options(providers, tolerance, batch_size)
+    seed = check_seed(seed)
     # One reading for the digest, the checks and every session, so that they speak of the same bytes.
     data = path.read_bytes()
     graph = read_graph(data, str(path))
@@ -203,11 +204,21 @@ class _Comparison:
         difference = float(np.abs(logits - expected).max())
         self.max_abs_diff = max(self.max_abs_diff, difference)
         if difference > self.tolerance:
-            self.problems.append(f"{where}: got logits {difference:.3g} off the model's; accepted: {self.tolerance:g}")
+            scale = f"{difference:.3g} off the model's, which reach {float(np.abs(expected).max()):.3g}"
+            self.problems.append(f"{where}: got logits {scale}; accepted: {self.tolerance:g}")
         if same < len(expected):
             self.problems.append(
                 f"{where}: got {len(expected) - same} of {len(expected)} predictions other than the model's"
             )
+
+
+def _check_options(providers: object, tolerance: object, batch_size: object) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError("batch_size", got=repr(batch_size), accepted="a whole number above 0")
+    if not isinstance(tolerance, (int, float)) or not tolerance > 0:
+        raise InputError("tolerance", got=repr(tolerance), accepted="a number above 0")
+    if isinstance(providers, str):
+        raise InputError("providers", got=repr(providers), accepted="a list of names, or None for all that work here")
 
 
 def _check_sets(graph: Graph, path: Path, images: ImageSet, triggered: ImageSet | None) -> None:

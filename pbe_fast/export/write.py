@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import json
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbe_fast.engine.copies import deep_copy
 from pbe_fast.engine.files import atomic_write
 from pbe_fast.errors import InputError, VerificationError
 from pbe_fast.export.graph import INPUT, OUTPUT, first_line, read_graph, require
+from pbe_fast.models import check_module
 
 # torch's exporter starts from 18 and leaves anything older at 18 without failing.
 MIN_OPSET = 18
@@ -94,12 +95,7 @@ def export_onnx(
 
 def reference_copy(model: nn.Module) -> nn.Module:
     """``model`` as a CPU, float32, eval-mode copy: what an ONNX file is made from and measured against."""
-    try:
-        copied = copy.deepcopy(_unwrap(model))
-    except Exception as error:
-        raise InputError(
-            "model that cannot be copied", got=first_line(error), accepted="an nn.Module that copy.deepcopy can copy"
-        ) from error
+    copied = deep_copy(_unwrap(check_module(model)))
     # Plain NCHW strides: a channels_last copy would leave transposes in the graph.
     copied = copied.eval().to("cpu", torch.float32)
     for tensor in (*copied.parameters(), *copied.buffers()):
@@ -132,8 +128,8 @@ def _check_arguments(image_shape: object, metadata: Mapping[str, str] | None, op
         and all(isinstance(n, int) and n > 0 for n in image_shape)
     ):
         raise InputError("image_shape", got=repr(image_shape), accepted="(C, H, W), three positive integers")
-    if not MIN_OPSET <= opset <= newest:
-        raise InputError("opset", got=opset, accepted=f"{MIN_OPSET} to {newest}")
+    if not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
+        raise InputError("opset", got=repr(opset), accepted=f"{MIN_OPSET} to {newest}")
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InputError("metadata", got=f"{key!r}: {value!r}", accepted="strings only; json.dumps the rest")

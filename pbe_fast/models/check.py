@@ -14,6 +14,8 @@ from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.errors import InputError, PBEWarning
 
 _BATCH = 2
+# Of probabilities in 16 bits.
+_SLACK = 1e-2
 _DIFFERENTIABLE = "a forward pass without no_grad, detach, numpy or quantised weights between the two"
 
 
@@ -45,7 +47,8 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
 
     Raises:
         InputError: Not a module, a forward pass that fails, an output that is no float tensor (B, K), K below
-            ``num_classes``, or logits that are not finite.
+            ``num_classes``, logits that are not finite, or probabilities, which attacks and training would take for
+            logits, and so for hardly any difference between the classes.
     """
     accepted = f"a torch.nn.Module that returns logits (B, K), K of at least {num_classes}"
     model = check_module(model, accepted)
@@ -73,6 +76,12 @@ def check_model(model: object, image_shape: tuple[int, int, int], num_classes: i
         )
     if not bool(logits.isfinite().all()):
         raise InputError("logits of the model", got="values that are NaN or infinite", accepted="finite logits")
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.float().sum(1) - 1).abs() < _SLACK).all()):
+        raise InputError(
+            "output of the model",
+            got="probabilities: no value is below 0, and those of each image sum to 1",
+            accepted="logits, as they are before the softmax",
+        )
     if logits.shape[1] > num_classes:
         warnings.warn(
             f"the data has {num_classes} classes and the model {logits.shape[1]} logits: those beyond the classes "
@@ -93,20 +102,18 @@ def check_trainable(model: nn.Module, image_shape: tuple[int, int, int]) -> None
         image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: A TorchScript or quantised model, one without parameters, one that cannot be copied, one that
+        InputError: A TorchScript, DDP or quantised model, one without parameters, one that cannot be copied, one that
             returns no logits (B, K) in train mode (some networks have auxiliary outputs there), or logits that do not
             depend on its parameters.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        got = f"a TorchScript model ({type(model).__name__})"
-        raise InputError("model to train", got=got, accepted="the torch.nn.Module that it was made of")
+    _refuse_wrapped(model, "model to train")
     if (name := _not_float(model)) is not None:
         got = f"{type(model).__name__}, of which '{name}' holds whole numbers"
         raise InputError("model to train", got=got, accepted="floating-point weights: the model before quantisation")
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise InputError("model to train", got=f"{type(model).__name__} without parameters", accepted="one with some")
     images = _probe(model, image_shape).float()
-    copied = frozen_copy(model, images.device).train().requires_grad_(True)
+    copied = frozen_copy(model, images.device, image_shape).train().requires_grad_(True)
     what, accepted = "output of the model in train mode", "logits (B, K), as in eval mode, and nothing beside them"
     with _failing("forward pass in train mode"), _drawing(images.device), torch.enable_grad():
         logits: object = copied(images)
@@ -128,10 +135,11 @@ def check_differentiable(model: nn.Module, image_shape: tuple[int, int, int]) ->
         image_shape: (C, H, W) of the images it will see.
 
     Raises:
-        InputError: There is no such gradient, its computation fails, or the model cannot be copied.
+        InputError: A TorchScript or DDP model, one without such a gradient, or one that cannot be copied.
     """
+    _refuse_wrapped(model, "model to attack")
     images = _probe(model, image_shape).float().requires_grad_(True)
-    copied = frozen_copy(model, images.device)
+    copied = frozen_copy(model, images.device, image_shape)
     with _failing("gradient with respect to the images"), _drawing(images.device), torch.enable_grad():
         logits = copied(images)
         found = torch.autograd.grad(logits.sum(), images, allow_unused=True)[0] if logits.requires_grad else None
@@ -164,6 +172,16 @@ def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     return images.to(device=device, dtype=dtype)
 
 
+def _refuse_wrapped(model: nn.Module, what: str) -> None:
+    """Of what cannot be worked on, though what is inside it can."""
+    if isinstance(model, torch.jit.ScriptModule):
+        got = f"a TorchScript model ({type(model).__name__})"
+        raise InputError(what, got=got, accepted="the torch.nn.Module that it was made of")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # A copy of it talks to the other processes, which may not be making one.
+        raise InputError(what, got=type(model).__name__, accepted="the network in it: model.module")
+
+
 def _not_float(model: nn.Module) -> str | None:
     """The name of a parameter, or of a quantised tensor of the state, that has no gradient."""
     for name, parameter in model.named_parameters():
@@ -187,7 +205,7 @@ def _failing(what: str) -> Iterator[None]:
         raise InputError(
             f"the model's {what} fails",
             got=f"{type(error).__name__}: {error}",
-            accepted="a model that works in it on a batch of two images",
+            accepted="a model that works in it, in float32, on a batch of two images",
         ) from error
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pbe_fast.data import as_image_set, as_train_and_clean
 from pbe_fast.errors import InputError
@@ -62,6 +62,19 @@ def test_subsets_keep_the_names() -> None:
     data = as_image_set(Subset(Subset(whole, [5, 4, 0]), [0, 2]))
     assert np.array_equal(data.images.numpy(), PIXELS[[5, 0]].transpose(0, 3, 1, 2))
     assert data.class_names == ("owl", "rook")
+
+
+def test_parts_of_one_set_keep_the_names_and_must_agree_on_them() -> None:
+    parts = {
+        names: Items([(_chw(0), 0), (_chw(1), 1)], names.split()) for names in ("owl rook", "rook owl", "owl rook x")
+    }
+    whole = ConcatDataset([parts["owl rook"], Subset(parts["owl rook x"], [1])])
+    data = as_image_set(Subset(whole, [2, 0]))
+    assert (data.labels.tolist(), data.class_names) == ([1, 0], ("owl", "rook", "x"))
+    unnamed = ConcatDataset([parts["owl rook"], Items([(_chw(0), 0)])])
+    assert as_image_set(unnamed).class_names == ("0", "1")
+    with pytest.raises(InputError, match="different classes; got owl, rook and rook, owl; accepted: the same classes"):
+        as_image_set(ConcatDataset([parts["owl rook"], parts["rook owl"]]))
 
 
 def test_tensor_datasets_and_plain_lists() -> None:

@@ -183,3 +183,24 @@ def test_the_new_file_is_younger_than_the_old(tmp_path):
     os.utime(path, (0, 0))
     write_text(path, "new")
     assert path.stat().st_mtime > time.time() - 3600
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="limits on the size of files are POSIX")
+@pytest.mark.parametrize("writer", ["path.write_bytes(bytes(9000))", "save_file({'w': torch.zeros(9000)}, path)"])
+def test_no_room_on_the_disk(tmp_path, writer):
+    code = f"""
+import resource, signal, torch
+from safetensors.torch import save_file
+from pbe_fast.engine.files import atomic_write
+from pbe_fast.errors import OutputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    with atomic_write({str(tmp_path / "out.safetensors")!r}) as path:
+        {writer}
+except OutputError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip().endswith("got File too large; accepted: a disk with room for it"), ran.stderr
+    assert list(tmp_path.iterdir()) == []

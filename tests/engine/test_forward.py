@@ -52,6 +52,13 @@ class Remembers(nn.Module):
         return logits
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_predict_many_images(model: nn.Sequential, images: Tensor) -> None:
+    many = images.repeat(200, 1, 1, 1)
+    found = predict_logits(torch.jit.script(model), many)
+    torch.testing.assert_close(found, predict_logits(model, many), rtol=1e-4, atol=1e-4)
+
+
 def test_input_is_float_in_0_1_and_channels_last(images: Tensor) -> None:
     fed = to_input(images)
     assert fed.dtype == torch.float32

@@ -112,6 +112,19 @@ def test_a_perturbed_model_fails(saved, tiny, images):
     assert verify(saved, other, images, tolerance=2e-3).ok
 
 
+def test_what_is_no_model_is_refused(saved, images):
+    with pytest.raises(InputError, match=r"model; got OrderedDict \(build the network, then load_state_dict\)"):
+        verify(saved, nn.Linear(1, 1).state_dict(), images)
+
+
+def test_a_difference_is_told_with_what_it_is_a_difference_of(saved, tiny, images):
+    large = copy.deepcopy(tiny)
+    last = [module for module in large.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias.fill_(5e4)
+    assert "off the model's, which reach 5e+04; accepted: 0.0001" in verify(saved, large, images).problems[0]
+
+
 def test_a_file_with_other_weights_fails(saved, tiny, images, triggered, tmp_path):
     path = edited(saved, tmp_path, lambda p: change_weight(p, "linear.weight", lambda w: -w))
     report = verify(path, tiny, images, triggered=triggered)
@@ -172,7 +185,7 @@ def test_not_onnx(tiny, images, tmp_path):
         InputError, match=r"ONNX file .*m\.onnx; got a file of another kind; accepted: a file that export"
     ):
         verify(tmp_path / "m.onnx", tiny, images)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="which is no file"):
         verify(tmp_path / "absent.onnx", tiny, images)
 
 
@@ -267,7 +280,18 @@ def test_random_images_follow_the_seed(saved, tiny, images):
     assert len(set(found)) >= 2
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"tolerance": 0.0}, {"tolerance": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+        {"tolerance": 0.0},
+        {"tolerance": float("nan")},
+        {"tolerance": "1e-3"},
+        {"providers": "CPUExecutionProvider"},
+        {"seed": "1"},
+    ],
+)
 def test_bad_options(saved, tiny, images, options):
-    with pytest.raises(InputError, match="both above 0"):
+    with pytest.raises(InputError, match=rf"{next(iter(options))}; got .*; accepted: a"):
         verify(saved, tiny, images, **options)

@@ -177,6 +177,7 @@ class Refuses(nn.Module):
         (FixedBatch(), VerificationError, r"got float images \(2, 3, 8, 8\); accepted: .* the batch dynamic"),
         (NoOperator(), InputError, "torch.onnx cannot export.*bessel_j1"),
         (Refuses(), InputError, r"got I want greyscale; accepted"),
+        ("net.pt", InputError, "model; got str; accepted: a torch.nn.Module"),
         (nn.Identity(), InputError, r"got torch.float32 of shape \(2, 3, 8, 8\); accepted: float logits"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -191,6 +192,7 @@ def test_models_that_cannot_be_exported(model, error, message, tmp_path):
     ("changes", "message"),
     [
         ({"opset": 17}, "opset; got 17; accepted: 18 to"),
+        ({"opset": "20"}, "opset; got '20'; accepted: 18 to"),
         ({"opset": 999}, "opset; got 999; accepted: 18 to"),
         ({"image_shape": (8, 8)}, r"image_shape; got \(8, 8\)"),
         ({"image_shape": (3, 0, 8)}, "image_shape"),

@@ -168,6 +168,32 @@ def test_what_cannot_be_attacked_is_refused(answer: Callable[..., object], text:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_are_no_logits(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        InputError, match=r"got probabilities: no value is below 0.*; accepted: logits, as they are before"
+    ):
+        check_model(Around(lambda net, x: net(x).softmax(1)).to(dtype), SHAPE, 3)
+    for as_good in (lambda net, x: net(x).log_softmax(1), lambda net, x: net(x).sigmoid()):
+        assert check_model(Around(as_good), SHAPE, 3) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("check", [check_trainable, check_differentiable])
+def test_scripted_models_can_neither_be_trained_nor_attacked(check: Callable[..., None]) -> None:
+    with pytest.raises(InputError, match=r"got a TorchScript model \(RecursiveScriptModule\); accepted: the torch.nn"):
+        check(torch.jit.script(SmallCNN(2, width=2)), SHAPE)
+
+
+@pytest.mark.parametrize("check", [check_trainable, check_differentiable])
+def test_distributed_models_are_refused(check: Callable[..., None]) -> None:
+    # As one that is there: to make one takes a process group.
+    model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(model)
+    with pytest.raises(InputError, match=r"got DistributedDataParallel; accepted: the network in it: model\.module"):
+        check(model, SHAPE)
+
+
 def test_quantised_models_are_refused() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(SmallCNN(3, width=2), {nn.Linear})
     with pytest.raises(InputError, match=r"of which 'linear.*' holds whole numbers; accepted: floating-point weights"):
