@@ -128,16 +128,22 @@ def next_extra_set(
         agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
         changed: (K,) bool, of the attracting labels those that changed far more than others; none, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
-            thousands teach a patch again, and the ranking alone does not keep them out.
+            thousands teach a patch again, and the ranking alone does not keep them out. Of the others (fragile images)
+            one comes in beside them if it ranks as well as these and ``agrees``: a third of them may be poisoned.
         floor: Of labels that do not attract, see `first_of_each`.
 
     Returns:
-        int64 indices; of labels that do not attract in the order of the ranking. Without any attracting label or
-        floor, and of all images, exactly ``ranking.top(fraction)``.
+        int64 indices; of labels that do not attract in the order of the ranking, fragile images after the steady ones.
+        Without any attracting label or floor, and of all images, exactly ``ranking.top(fraction)``.
     """
     ranked = ranking.order if steady is None else ranking.order[steady[ranking.order]]
     apart = attracting.to(labels.device)[labels[ranked]]
     chosen = [first_of_each(ranked[~apart], labels, fraction, floor)]
+    best = _first(ranked[~apart], fraction)
+    if steady is not None and agrees is not None and len(best) > 0:
+        trusted = agrees & ~steady & ~attracting.to(labels.device)[labels]
+        trusted &= ranking.distance <= ranking.distance[best[-1]]
+        chosen.append(ranking.order[trusted[ranking.order]])
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]
         distance = ranking.distance[order]

@@ -222,3 +222,22 @@ def test_the_next_set_is_of_steady_images(attracting: Tensor) -> None:
     expected = [i for i in ranking.order.tolist() if steady[i] and not attracting[labels[i]]]
     assert chosen.tolist()[: len(expected) // 2] == expected[: len(expected) // 2]
     assert (len(chosen) == 40) == (not attracting.any())
+
+
+@pytest.mark.parametrize("attracting", [NONE, SECOND])
+def test_a_fragile_image_needs_its_rank_and_the_models_word(attracting: Tensor) -> None:
+    distance = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    distance[20] = float("nan")
+    ranking = _ranking(distance)
+    labels = torch.arange(100) % 4
+    steady = torch.arange(100) % 5 != 0
+    agrees = torch.arange(100) % 3 != 0
+    chosen = next_extra_set(ranking, labels, attracting, 0.5, agrees=agrees, steady=steady)
+    others = ~attracting[labels]
+    last = ranking.distance[chosen[steady[chosen] & others[chosen]]].max()
+    taken = (~steady & agrees & others & (ranking.distance <= last)).nonzero()[:, 0]
+    assert len(taken) > 2
+    assert sorted(chosen[~steady[chosen]].tolist()) == taken.tolist()
+    # They come on top: there are no fewer steady ones for it.
+    without = next_extra_set(ranking, labels, attracting, 0.5, steady=steady)
+    assert chosen[steady[chosen] & others[chosen]].tolist() == without[others[without]].tolist()
