@@ -29,9 +29,6 @@ class FrozenCopy(nn.Module):
     the model, whose own ``forward`` runs, under autocast. What the copy computes in has one address for good: a
     CUDA graph stays valid when `refresh` brings new weights.
 
-    Attributes:
-        is_fused: Whether what follows its convolutions is part of them, see `pbe_fast.engine.fusing`.
-
     Args:
         model: Returns logits for float images; on any device. It is not changed.
         dtype: Of the matrix products: float32, or a 16-bit format.
@@ -45,7 +42,6 @@ class FrozenCopy(nn.Module):
         super().__init__()
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
         self.dtype = dtype
-        self.is_fused = False
         self._device_type = device.type
         pairs = foldable_pairs(model) if image_shape is not None else []
         self.net = frozen_copy(model, device, image_shape)
@@ -75,7 +71,7 @@ class FrozenCopy(nn.Module):
         net = fused(copy.deepcopy(self.net))
         device = torch.device(self._device_type)
         if net is not None and _agree(self.net, net, torch.Size((2, *image_shape)), device):
-            self.net, self.is_fused = net, True
+            self.net = net
 
     @property
     def folded(self) -> tuple[tuple[str, str], ...]:
