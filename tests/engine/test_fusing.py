@@ -9,8 +9,6 @@ from straight_through import Rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe_fast import attacker
-from pbe_fast.config import PGDConfig
 from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.frozen_layers import (
     AffineReLU,
@@ -206,16 +204,11 @@ def test_dice_go_on_rolling() -> None:
         assert len({float(copied(images)[0, 0]) for _ in range(20)}) == 2
 
 
-def test_it_is_not_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(attacker, "worth_compiling", lambda *_: True)
-    monkeypatch.setattr(attacker, "compiled", lambda *_: compiled.append(1))
-    model = trained(MODELS["preact_resnet18"]())
-    images, labels = torch.rand(2, *SHAPE), torch.zeros(2, dtype=torch.int64)
-    for dtype in (torch.bfloat16, torch.float32):
-        attack = attacker.PGD(model, PGDConfig(), image_shape=SHAPE, dtype=dtype, planned=10**9)
-        for _ in range(2):
-            attack(images, labels)
-        assert len(compiled) == (dtype == torch.float32)
-    attacker.PGD(model, PGDConfig(compile="on"), image_shape=SHAPE, dtype=torch.bfloat16)
-    assert len(compiled) == 2
+@pytest.mark.parametrize("name", ["preact_resnet18", "resnet18"])
+def test_compiled_it_is_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    copied = FrozenCopy(trained(MODELS[name]()), dtype=torch.bfloat16, image_shape=SHAPE)
+    compiled = torch.compile(copied, backend="aot_eager", dynamic=False, fullgraph=True)
+    images = torch.rand(2, *SHAPE).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(compiled(images), copied(images))
+    assert distance(gradient(compiled, images), gradient(copied, images)) < 0.01
