@@ -98,10 +98,10 @@ class StridedConv2d(nn.Conv2d):
         if input.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
             out = super().forward(input)
             out = F.relu(out) if self.relu else out
-            return (out, *(beside.alone(input) for beside in self._beside)) if self._beside else out
+            return (out, self._beside[0].alone(input)) if self._beside else out
         input = input.to(torch.bfloat16)
-        for beside in self._beside:
-            return conv2d_pair(input, self._filters, self.bias, beside.bias, relu=self.relu)
+        if self._beside:
+            return conv2d_pair(input, self._filters, self.bias, self._beside[0].bias, relu=self.relu)
         return conv2d(input, self._filters, self.bias, relu=self.relu)
 
     def _current(self) -> Filters:
