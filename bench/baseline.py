@@ -24,10 +24,18 @@ from torch.utils.data import DataLoader
 from pbe_fast.attraction import LARGEST_WINDOW, attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.extra_set import initial_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
-from pbe_fast.ranking import FEWEST_LABELS, Ranking, changed_labels, label_distances, rank_distances, rank_images
+from pbe_fast.ranking import (
+    FEWEST_LABELS,
+    Ranking,
+    changed_labels,
+    label_ahead,
+    label_distances,
+    rank_distances,
+    rank_images,
+)
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.waves import add_waves
 
@@ -75,7 +83,9 @@ def purify_plainly(
         logits = logits_of(infected, train, where)
         if config.initial == "steady" and not suspects.any():
             fragile = fragility_plainly(infected, train, logits, where)
-            steady = fragile < 1 - config.fragile_share
+            share, floor = 1 - config.fragile_share, config.label_floor
+            steady = torch.zeros_like(fragile, dtype=torch.bool)
+            steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
             if config.leave_out and len(train.labels.unique()) >= 2 * FEWEST_LABELS:
                 changed = suspects = forgotten_labels_plainly(
                     infected, train, logits, config, generator, fragile, where
@@ -87,7 +97,14 @@ def purify_plainly(
     of_changed = changed[train.labels]
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
         chosen = next_extra_set(
-            ranking, train.labels, suspects, fraction, agrees=agrees, changed=changed, steady=steady
+            ranking,
+            train.labels,
+            suspects,
+            fraction,
+            agrees=agrees,
+            changed=changed,
+            steady=steady,
+            floor=config.label_floor if clean is None else 0.0,
         )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
         now, agrees_now = rank_plainly(infected, purified, train, where)
@@ -137,7 +154,8 @@ def forgotten_labels_plainly(
         purified = copy.deepcopy(infected).requires_grad_(True)
         first_round_plainly(purified, infected, train, logits, left_out, config, generator, fragile, device)
         ranking, _ = rank_plainly(infected, purified, train, device)
-        forgotten |= changed_labels(label_distances(ranking, train.labels, train.num_classes) * left_out)
+        distances = label_distances(ranking, train.labels, train.num_classes) * left_out
+        forgotten |= changed_labels(distances) | label_ahead(distances)
     return forgotten
 
 

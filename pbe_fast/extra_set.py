@@ -125,11 +125,13 @@ def next_extra_set(
         labels: (N,) int64.
         attracting: (K,) bool.
         fraction: Of the images.
-        agrees: (N,) bool, True where the purified model predicts the label; all, if not given.
+        agrees: (N,) bool, True where the purified model predicts the label. If not given, all of an attracting label,
+            and no fragile image.
         changed: (K,) bool, of the attracting labels those that changed far more than others; none, if not given.
         steady: (N,) bool, the images that the fraction is of; all, if not given. A few dozen poisoned images among
-            thousands teach a patch again, and the ranking alone does not keep them out. Of the others (fragile images)
-            one comes in beside them if it ranks as well as these and ``agrees``: a third of them may be poisoned.
+            thousands teach a patch again, and the ranking alone does not keep them out. Any of the others (fragile
+            images, of which a third may be poisoned) comes in on top if it ranks no lower than the last of these and
+            ``agrees``.
         floor: Of labels that do not attract, see `first_of_each`.
 
     Returns:

@@ -102,8 +102,8 @@ def scan(
     missed = undetectable(levels, config.significance)
     if missed and verdict == "none":
         warnings.warn(
-            f"too few images to find a backdoor ({', '.join(missed)}), whatever the attack shows: got {len(sample)} "
-            f"that the model answers rightly, of {labels} labels; a few hundred are enough",
+            f"too few images, or labels that the attack moves, to find a backdoor ({', '.join(missed)}): "
+            f"got {len(sample)} that the model answers rightly, of {labels} labels; a few hundred are enough",
             PBEWarning,
             stacklevel=3,
         )

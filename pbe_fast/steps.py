@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.engine.copies import frozen_copy, restored
+from pbe_fast.engine.copies import frozen_copy, restored, without_hook
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_precision
 from pbe_fast.engine.profile import Profile
@@ -87,7 +87,7 @@ class Steps:
         if self.on_round is not None:
             # Neither the model that goes on nor the random numbers that are still to be drawn are within its reach.
             with seeded(self.seed, self.device):
-                self.on_round(t, frozen_copy(self.model, self.device), ranking)
+                self.on_round(t, without_hook(frozen_copy(self.model, self.device)), ranking)
 
     def _purify_model(
         self,

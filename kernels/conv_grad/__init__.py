@@ -75,14 +75,23 @@ def conv2d(x: Tensor, filters: Filters, bias: Tensor | None = None, *, relu: boo
 
     Returns:
         bfloat16 (B, K, H', W'). Gradients flow to ``x``.
+
+    Raises:
+        ValueError: No batch of images, or filters of two convolutions.
     """
+    _check_images(x, filters, of_two=False)
     return backends.applied(_Convolutions, x, filters, bias, None, relu)
 
 
 def conv2d_pair(
     x: Tensor, filters: Filters, bias: Tensor | None, bias_beside: Tensor | None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Both convolutions of ``filters``, the second without a ReLU: their gradients become one, in one pass."""
+    """Both convolutions of ``filters``, the second without a ReLU: their gradients become one, in one pass.
+
+    Raises:
+        ValueError: No batch of images, or filters of one convolution.
+    """
+    _check_images(x, filters, of_two=True)
     out, out_beside = backends.applied(_Convolutions, x, filters, bias, bias_beside, relu)
     return out, out_beside
 
@@ -143,6 +152,14 @@ class _Convolutions(torch.autograd.Function):
         weight, packed, beside, output = ctx.saved_tensors
         op = torch.ops.pbe_fast.conv_grad.default
         return op(grad, output, weight, packed, *ctx.geometry, grad_beside, beside), None, None, None, None
+
+
+def _check_images(x: Tensor, filters: Filters, *, of_two: bool) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x; got shape {tuple(x.shape)}; accepted: (B, C, H, W)")
+    if (filters.beside is not None) != of_two:
+        got, accepted = ("one", "two") if of_two else ("two", "one")
+        raise ValueError(f"filters; got those of {got} convolution(s); accepted: of {accepted}")
 
 
 def _short(bias: Tensor | None) -> Tensor | None:

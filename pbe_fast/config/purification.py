@@ -56,7 +56,9 @@ class PurifyConfig:
     )
     steady_share: float = option(0.25, "how much of the images counts as steady enough for the first extra set")
     fragile_share: float = option(
-        0.3, "where no label is found: the most fragile images, which later extra sets leave out (0: none)"
+        0.3,
+        "where no label is found: the most fragile images, which come into later extra sets only where they rank as "
+        "well as the others and the purified model agrees (0: none)",
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
     label_floor: float = option(

@@ -85,7 +85,7 @@ def in_planes(images: Tensor) -> Tensor:
 
 
 def _in_planes(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (in_planes(args[0]), *args[1:])
+    return (in_planes(args[0]), *args[1:]) if args else args
 
 
 def _takes_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:

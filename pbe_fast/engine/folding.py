@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from pbe_fast.engine.copies import frozen_copy, needs_planes
+from pbe_fast.engine.copies import deep_copy, frozen_copy, needs_planes
 from pbe_fast.engine.frozen_layers import AffineReLU, StridedConv2d, WinogradConv2d
 from pbe_fast.engine.fusing import fused, place_convolutions
 from pbe_fast.engine.tracing import is_untouched, trace
@@ -26,8 +25,9 @@ class FrozenCopy(nn.Module):
 
     Batch normalisation that provably follows a convolution, and nothing else does, is folded into it; the weights of
     convolutions and linear layers are held in ``dtype``, so that no forward pass casts them. Everything else is as in
-    the model, whose own ``forward`` runs, under autocast. What the copy computes in has one address for good: a
-    CUDA graph stays valid when `refresh` brings new weights.
+    the model, whose own ``forward`` runs, under autocast; in bfloat16 on a CPU one that `pbe_fast.engine.fusing`
+    rewrote. What the copy computes in has one address for good: a CUDA graph stays valid when `refresh` brings new
+    weights.
 
     Args:
         model: Returns logits for float images; on any device. It is not changed.
@@ -52,7 +52,7 @@ class FrozenCopy(nn.Module):
             else:
                 pairs = []
         self._pairs = pairs
-        # Winograd's convolutions answer in channels_last.
+        # Our convolutions answer in channels_last.
         if dtype == torch.bfloat16 and image_shape is not None and not needs_planes(self.net):
             self._fuse(image_shape)
         if dtype != torch.float32:
@@ -68,7 +68,7 @@ class FrozenCopy(nn.Module):
     def _fuse(self, image_shape: tuple[int, ...]) -> None:
         """Our convolutions where they are faster, and what follows them as part of them."""
         place_convolutions(self.net)
-        net = fused(copy.deepcopy(self.net))
+        net = fused(deep_copy(self.net))
         device = torch.device(self._device_type)
         if net is not None and _agree(self.net, net, torch.Size((2, *image_shape)), device):
             self.net = net
@@ -108,12 +108,12 @@ class FrozenCopy(nn.Module):
 def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Names of convolutions with the batch normalisation that alone takes their output, each called once.
 
-    The model's ``forward`` is followed symbolically, on a copy. Where it decides by the values or the sizes of
-    tensors that cannot be done, and there are no pairs. Modules of derived types, with hooks, or known under two
+    The model's ``forward`` is followed symbolically, on a copy. Where it decides by the values or the sizes of tensors,
+    or rolls dice, that cannot be done, and there are no pairs. Modules of derived types, with hooks, or known under two
     names are left alone.
     """
     try:
-        traced = copy.deepcopy(model).eval()
+        traced = deep_copy(model).eval()
     except Exception:
         return []
     graph = trace(traced)

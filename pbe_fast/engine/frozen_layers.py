@@ -41,7 +41,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """In bfloat16 where autocast would have it so, in float32 elsewhere; ``residual`` is added to the result."""
-        if input.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+        if not _in_bfloat16(input):
             return self._finish(super().forward(input), residual)
         if residual is None or self._can_add(input, residual):
             return conv3x3(input.to(torch.bfloat16), self._packed, self.bias, residual=residual, relu=self.relu)
@@ -95,7 +95,7 @@ class StridedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Any:
         """In bfloat16 where autocast would have it so, in float32 elsewhere."""
-        if input.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+        if not _in_bfloat16(input):
             out = super().forward(input)
             out = F.relu(out) if self.relu else out
             return (out, self._beside[0].alone(input)) if self._beside else out
@@ -168,9 +168,15 @@ class AffineReLU(nn.BatchNorm2d):
         return scale, shift + self.bias if self.affine else shift
 
 
-def is_winograd_machine(device: torch.device) -> bool:
+def _in_bfloat16(input: Tensor) -> bool:
+    """Whether a batch of images is, or autocast would make it so."""
+    return input.dim() == 4 and (input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
+
+
+def has_fast_convolutions(device: torch.device) -> bool:
     """Whether the convolutions here are the faster ones for bfloat16 on a device."""
-    # AMX multiplies many times faster than it loads: there the transformations cost more than they save.
+    # AMX multiplies many times faster than it loads: there Winograd's transformations cost more than they save. The
+    # strided gradients were not measured there.
     return device.type == "cpu" and is_fast() and not torch.cpu._is_amx_tile_supported()
 
 
@@ -206,13 +212,7 @@ def can_be_beside(conv: nn.Module, strided: StridedConv2d) -> bool:
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return (
-        type(conv) is nn.Conv2d
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and conv.groups == 1
-        and is_winograd_machine(conv.weight.device)
-    )
+    return type(conv) is nn.Conv2d and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.groups == 1
 
 
 def _both(sizes: Any) -> int:

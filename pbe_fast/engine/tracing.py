@@ -25,6 +25,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 # looked up. That harms no other thread, as without a symbol they do what they did; but of two traces at a time one
 # would put back what the other still needs.
 _wrapping = threading.Lock()
+# Who rolls dice does so every time; other threads, who draw from the same generators, hardly so often.
+_ATTEMPTS = 5
 
 
 def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Graph | None:
@@ -35,20 +37,25 @@ def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Grap
         leaves: Modules of these types are one node each, as those of torch.nn are.
 
     Returns:
-        None where ``forward`` decides by the values or the sizes of tensors.
+        None where ``forward`` decides by the values or the sizes of tensors, or rolls dice.
     """
     try:
         if any(_is_compiled(module) for module in model.modules()):
             return None
-        # The tracer looks up which functions to replace as it is made.
-        with _wrapping:
-            return _Tracer(leaves).trace(model, concrete_args=_defaults(model))
+        for _ in range(_ATTEMPTS):
+            before = _dice()
+            # The tracer looks up which functions to replace as it is made.
+            with _wrapping:
+                graph = _Tracer(leaves).trace(model, concrete_args=_defaults(model))
+            if _dice() == before:
+                return graph
     except Exception:
         # Whatever a foreign forward raises on a symbol, it is only known that it cannot be followed.
-        return None
+        pass
+    return None
 
 
-def dice() -> tuple[object, ...]:
+def _dice() -> tuple[object, ...]:
     """The states of the CPU's generators: a ``forward`` that drew while it was followed would not draw any more."""
     _, key, *position = np.random.get_state()
     return random.getstate(), np.asarray(key).tobytes(), tuple(position), torch.get_rng_state().numpy().tobytes()

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pbe_fast.engine.copies import deep_copy
 from pbe_fast.engine.rewriting import Rewriting
-from pbe_fast.engine.tracing import dice, is_untouched, trace
+from pbe_fast.engine.tracing import is_untouched, trace
 from pbe_fast.kernels.batch_norm import batch_norm, is_fast
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -67,7 +68,7 @@ def training_form(model: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
     if not _has_kernels(model) or not all(is_untouched(module) for module in model.modules()):
         return model
     try:
-        twin = copy.deepcopy(model).train()
+        twin = deep_copy(model).train()
         graph = _followed(twin)
         if graph is not None and _agree(twin, graph, image_shape):
             return _form(model, twin, graph) or model
@@ -82,11 +83,10 @@ def _has_kernels(model: nn.Module) -> bool:
 
 
 def _followed(twin: nn.Module) -> fx.Graph | None:
-    before = dice(), _attributes(twin)
+    before = _attributes(twin)
     graph = trace(twin)
-    # What rolled dice while it was followed, as a layer that is left out at times, would not roll them any more, and
-    # what counted its calls would not count; a tensor that arose is none of the model's.
-    return graph if (dice(), _attributes(twin)) == before else None
+    # What counted its calls while it was followed would not count any more; a tensor that arose is none of the model's.
+    return graph if _attributes(twin) == before else None
 
 
 def _attributes(net: nn.Module) -> dict[str, object]:
@@ -172,7 +172,7 @@ class _Products(TorchDispatchMode):
 
 def _both(twin: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, nn.Module]]:
     """A copy, and the form of another one with that copy."""
-    plain, other = copy.deepcopy(twin), copy.deepcopy(twin)
+    plain, other = deep_copy(twin), deep_copy(twin)
     yield plain, plain
     yield _form(other, twin, graph) or other, other
 

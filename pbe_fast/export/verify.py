@@ -213,9 +213,9 @@ class _Comparison:
 
 
 def _check_options(providers: object, tolerance: object, batch_size: object) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise InputError("batch_size", got=repr(batch_size), accepted="a whole number above 0")
-    if not isinstance(tolerance, (int, float)) or not tolerance > 0:
+    if not isinstance(tolerance, int | float | np.number) or not tolerance > 0:
         raise InputError("tolerance", got=repr(tolerance), accepted="a number above 0")
     if isinstance(providers, str):
         raise InputError("providers", got=repr(providers), accepted="a list of names, or None for all that work here")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,10 +126,10 @@ def _check_arguments(image_shape: object, metadata: Mapping[str, str] | None, op
     if not (
         isinstance(image_shape, tuple)
         and len(image_shape) == 3
-        and all(isinstance(n, int) and n > 0 for n in image_shape)
+        and all(isinstance(n, int | np.integer) and n > 0 for n in image_shape)
     ):
         raise InputError("image_shape", got=repr(image_shape), accepted="(C, H, W), three positive integers")
-    if not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
+    if not isinstance(opset, int | np.integer) or not MIN_OPSET <= opset <= newest:
         raise InputError("opset", got=repr(opset), accepted=f"{MIN_OPSET} to {newest}")
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 
 import pytest
@@ -243,3 +244,21 @@ def test_new_weights_come_in_lists_of_one_dtype(monkeypatch: pytest.MonkeyPatch)
     fresh = FrozenCopy(model, dtype=torch.bfloat16, image_shape=(3, 16, 16))
     for name, value in fresh.state_dict().items():
         assert torch.equal(shadow.state_dict()[name], value), name
+
+
+class Sometimes(nn.Module):
+    """Normalises every second time, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return (self.norm(x) if random.random() < 0.5 else x).mean((2, 3))
+
+
+def test_nothing_is_folded_where_dice_decide() -> None:
+    for seed in range(8):
+        random.seed(seed)
+        assert foldable_pairs(Sometimes()) == []

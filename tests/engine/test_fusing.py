@@ -15,13 +15,13 @@ from pbe_fast.engine.frozen_layers import (
     BesideConv2d,
     StridedConv2d,
     WinogradConv2d,
-    is_winograd_machine,
+    has_fast_convolutions,
 )
 from pbe_fast.models import build_model
 
 SHAPE = (3, 16, 16)
 pytestmark = pytest.mark.skipif(
-    not is_winograd_machine(torch.device("cpu")), reason="no AVX512-BF16 here, or AMX, or no native build"
+    not has_fast_convolutions(torch.device("cpu")), reason="no AVX512-BF16 here, or AMX, or no native build"
 )
 
 
@@ -204,11 +204,53 @@ def test_dice_go_on_rolling() -> None:
         assert len({float(copied(images)[0, 0]) for _ in range(20)}) == 2
 
 
+class KeepsFeatures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(self.features)
+
+
+def test_a_model_that_keeps_its_features_is_folded_and_fused() -> None:
+    torch.manual_seed(0)
+    model = trained(KeepsFeatures())
+    images = torch.rand(2, *SHAPE)
+    gradient(model, images)
+    copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    assert copied.folded == (("conv", "norm"),)
+    assert any(isinstance(module, StridedConv2d) for module in copied.modules())
+    assert distance(copied(images), model(images)) < 0.01
+
+
+class OneByOne(nn.Module):
+    """Takes the images apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.stack([self.conv(self.stem(one)).mean((1, 2)) for one in x.unbind(0)]))
+
+
+def test_images_without_a_batch() -> None:
+    torch.manual_seed(0)
+    model, images = OneByOne().eval(), torch.rand(2, *SHAPE)
+    copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    assert distance(gradient(copied, images), gradient(model, images)) < 0.02
+
+
 @pytest.mark.parametrize("name", ["preact_resnet18", "resnet18"])
 def test_compiled_it_is_the_same(name: str) -> None:
     torch.manual_seed(0)
-    copied = FrozenCopy(trained(MODELS[name]()), dtype=torch.bfloat16, image_shape=SHAPE)
+    copied = FrozenCopy(trained(MODELS[name](), seed=1), dtype=torch.bfloat16, image_shape=SHAPE)
     compiled = torch.compile(copied, backend="aot_eager", dynamic=False, fullgraph=True)
     images = torch.rand(2, *SHAPE).contiguous(memory_format=torch.channels_last)
+    before = compiled(images)
+    copied.refresh(trained(MODELS[name]()))
+    assert not torch.equal(compiled(images), before)
     assert torch.equal(compiled(images), copied(images))
     assert distance(gradient(compiled, images), gradient(copied, images)) < 0.01

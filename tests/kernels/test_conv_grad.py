@@ -181,6 +181,19 @@ def test_nan_stays_where_its_taps_are(backend: str) -> None:
     assert torch.equal(got.isnan(), exact(a).isnan()) and got.isnan().any()
 
 
+@needs_native
+@pytest.mark.parametrize("shape", [Shape(1, 3, 16, 32, 32, 3, 1, 1), Shape(1, 16, 5, 16, 16, 3, 2, 1)])
+def test_nan_goes_no_further_than_a_register(shape: Shape) -> None:
+    a = case(shape)
+    a.grad[0, -1, 4, 4] = float("nan")
+    got, expected = conv_grad(a.grad, a.filters, a.size).isnan(), exact(a).isnan()
+    assert got[expected].all()
+    # Rows are never mixed, and a register holds 16 // C neighbours.
+    most = 1 + max(1, 16 // shape.channels)
+    columns = F.max_pool1d(expected.any(1).any(1).float(), 2 * most * shape.stride + 1, 1, most * shape.stride) > 0
+    assert not (got.any(1) & ~(expected.any(1).any(2)[..., None] & columns[:, None])).any()
+
+
 def test_opcheck_and_compile() -> None:
     for shape in (SHAPES[0], SHAPES[2]):
         a = case(shape)
@@ -224,6 +237,12 @@ def test_refuses(change: dict[str, Any], kind: type[Exception], match: str) -> N
 
 def test_refuses_filters_that_do_not_fit() -> None:
     a = case(SHAPES[0])
+    with pytest.raises(ValueError, match="of two convolution"):
+        conv2d(a.x, a.filters)
+    with pytest.raises(ValueError, match="of one convolution"):
+        conv2d_pair(a.x, case(SHAPES[1]).filters, None, None)
+    with pytest.raises(ValueError, match="x; got shape"):
+        conv2d(a.x[0], pack(a.filters.weight, stride=2, padding=1))
     with pytest.raises(ValueError, match="packed"):
         conv_grad(a.grad, a.filters._replace(packed=a.filters.packed[1:]), a.size, grad_beside=a.grad_beside)
     with pytest.raises(ValueError, match="weight"):
