@@ -146,8 +146,10 @@ def test_models_that_flatten_by_view_and_keep_what_they_computed(data: ImageSet,
     data = dataclasses.replace(data, labels=model.eval()(images).argmax(1))
     options: dict[str, Any] = {"device": "cpu", "precision": precision, "progress": False}
     config = PurifyConfig(**QUICK, fractions=(0.5, 0.6))
-    result = purify(model, data, config=config, on_round=lambda *_: None, **options)
-    assert not result.model._forward_pre_hooks
+    seen: list[nn.Module] = []
+    result = purify(model, data, config=config, on_round=lambda _, net, __: seen.append(net), **options)
+    assert not any(net._forward_pre_hooks for net in (result.model, *seen)) and len(seen) == 2
+    assert seen[0](images).shape == (160, 4)
     assert result.model(images).shape == (160, 4)
     assert fine_tune(model, data, **options).model(images).shape == (160, 4)
     assert evaluate(model, data).acc == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ def test_export_and_verify(arch, width, shape, num_classes, tmp_path):
     images = torch.randint(0, 256, (11, *shape), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, num_classes, (11,), generator=generator)
     names = tuple(str(k) for k in range(num_classes))
-    report = verify_onnx(path, model, ImageSet(images, labels, names), batch_size=4, progress=False)
+    report = verify_onnx(path, model, ImageSet(images, labels, names), batch_size=np.int64(4), progress=False)
     assert report.ok, report.problems
     assert report.max_abs_diff <= 1e-4
     assert report.argmax_agreement == 1.0
