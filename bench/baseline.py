@@ -33,8 +33,8 @@ from pbe_fast.ranking import (
     changed_labels,
     label_ahead,
     label_distances,
-    rank_distances,
     rank_images,
+    rank_over_rounds,
 )
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.waves import add_waves
@@ -107,9 +107,8 @@ def purify_plainly(
             floor=config.label_floor if clean is None else 0.0,
         )
         fine_tune(purified, train, chosen, config, teacher=None, device=where)
-        now, agrees_now = rank_plainly(infected, purified, train, where)
-        ranking = rank_distances(torch.where(of_changed, ranking.distance.maximum(now.distance), now.distance))
-        agrees = agrees_now & (agrees | ~of_changed)
+        now = rank_plainly(infected, purified, train, where)
+        ranking, agrees = rank_over_rounds((ranking, agrees), now, of_changed)
     return PlainResult(purified.eval(), ranking)
 
 

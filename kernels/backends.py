@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,11 +82,11 @@ def available_backends() -> dict[str, tuple[str, ...]]:
     return {op: tuple(backend for backend in BACKENDS if missing(op, backend) is None) for op in OPS}
 
 
-def require(op: str, backend: str) -> None:
-    """Checks that a version asked for by name can run.
+def require(op: str, backend: str, tensor: torch.Tensor | None = None) -> None:
+    """Checks that a version asked for by name can run, on what is given.
 
     Raises:
-        ValueError: There is no such operation or backend.
+        ValueError: There is no such operation or backend, or it is for another device than the tensor's.
         RuntimeError: It is not there on this machine; the message says why.
     """
     if op not in OPS or backend not in BACKENDS:
@@ -93,6 +94,28 @@ def require(op: str, backend: str) -> None:
     reason = missing(op, backend)
     if reason is not None:
         raise RuntimeError(f"backend of {op}; got {backend!r}, but {reason}; accepted here: {available_backends()[op]}")
+    device = "cpu" if backend == "native" or triton_interpreted() else "cuda"
+    if tensor is not None and backend != "reference" and tensor.device.type != device:
+        raise ValueError(f"device of {op}; got {tensor.device}; accepted by backend {backend!r}: {device}")
+
+
+def require_bf16(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Checks an argument of an operation that takes bfloat16 tensors.
+
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Another shape, or another device.
+    """
+    if tensor.dtype != torch.bfloat16:
+        raise TypeError(f"{name}; got {tensor.dtype}; accepted: bfloat16")
+    if tensor.shape != torch.Size(shape) or tensor.device != device:
+        got = f"{tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}; got {got}; accepted: {tuple(shape)} on {device}")
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """As the native versions take it: 0 where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:

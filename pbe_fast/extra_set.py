@@ -139,12 +139,12 @@ def next_extra_set(
         Without any attracting label or floor, and of all images, exactly ``ranking.top(fraction)``.
     """
     ranked = ranking.order if steady is None else ranking.order[steady[ranking.order]]
-    apart = attracting.to(labels.device)[labels[ranked]]
-    chosen = [first_of_each(ranked[~apart], labels, fraction, floor)]
-    best = _first(ranked[~apart], fraction)
-    if steady is not None and agrees is not None and len(best) > 0:
-        trusted = agrees & ~steady & ~attracting.to(labels.device)[labels]
-        trusted &= ranking.distance <= ranking.distance[best[-1]]
+    apart = attracting.to(labels.device)[labels]
+    others = ranked[~apart[ranked]]
+    chosen = [first_of_each(others, labels, fraction, floor)]
+    if steady is not None and agrees is not None and len(others) > 0:
+        worst = ranking.distance[_first(others, fraction)[-1]]
+        trusted = agrees & ~steady & ~apart & (ranking.distance <= worst)
         chosen.append(ranking.order[trusted[ranking.order]])
     for k in attracting.nonzero()[:, 0].tolist():
         order = ranked[labels[ranked] == k]

@@ -134,6 +134,23 @@ def rank_distances(distance: Tensor) -> Ranking:
     return Ranking(distance=distance, order=ranked.indices, num_nonfinite=ranked.num_nonfinite)
 
 
+def rank_over_rounds(
+    so_far: tuple[Ranking, Tensor], now: tuple[Ranking, Tensor], remembered: Tensor
+) -> tuple[Ranking, Tensor]:
+    """The ranking of the last round, in which some images keep what earlier rounds said of them.
+
+    Args:
+        so_far: The ranking of the rounds before, and (N,) bool, where the purified models agreed with the label.
+        now: Those of the last round alone.
+        remembered: (N,) bool. Such an image ranks by its largest distance, and every model has to agree.
+
+    Returns:
+        Both, of all rounds.
+    """
+    distance = torch.where(remembered, so_far[0].distance.maximum(now[0].distance), now[0].distance)
+    return rank_distances(distance), now[1] & (so_far[1] | ~remembered)
+
+
 def poisoned_share(indices: Tensor, poison_mask: Tensor) -> float:
     """The fraction of the images at ``indices`` that is poisoned."""
     return float(poison_mask[indices].double().mean()) if len(indices) else float("nan")

@@ -18,7 +18,7 @@ from pbe_fast.ranking import (
     label_ahead,
     label_distances,
     poisoned_share,
-    rank_distances,
+    rank_over_rounds,
 )
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
@@ -123,9 +123,8 @@ class Run(Steps):
                 floor=floor,
             )
             entry = self._purify_model(train, chosen, desc=f"round {t}")
-            now, agrees_now = self._rank(train, infected_logits)
-            ranking = rank_distances(torch.where(of_changed, ranking.distance.maximum(now.distance), now.distance))
-            agrees = agrees_now & (agrees | ~of_changed)
+            now = self._rank(train, infected_logits)
+            ranking, agrees = rank_over_rounds((ranking, agrees), now, of_changed)
             self._finish_round(t, entry | _found(ranking, train, suspects, chosen), ranking)
         return ranking
 

@@ -42,9 +42,7 @@ def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None 
     if backend is None:
         out: Tensor = torch.ops.pbe_fast.affine_relu.default(x, scale, shift)
         return out
-    backends.require("affine_relu", backend)
-    if backend == "native" and x.device.type != "cpu":
-        raise ValueError(f"device; got {x.device}; accepted by backend 'native': cpu")
+    backends.require("affine_relu", backend, x)
     return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, scale, shift)
 
 

@@ -70,9 +70,7 @@ def batch_norm(
     if backend is None:
         out: Three = torch.ops.pbe_fast.batch_norm.default(x, weight, bias, eps, relu)
         return out
-    backends.require("batch_norm", backend)
-    if backend == "native" and x.device.type != "cpu":
-        raise ValueError(f"device; got {x.device}; accepted by backend 'native': cpu")
+    backends.require("batch_norm", backend, x)
     return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, weight, bias, eps, relu)
 
 
@@ -128,7 +126,7 @@ def _laid_out(norm: Norm) -> Norm:
 
 def _job(norm: Norm) -> tuple[Any, ...]:
     batch, channels, height, width = norm.x.shape
-    addresses = [0 if values is None else values.data_ptr() for values in (norm.weight, norm.bias)]
+    addresses = [backends.address(values) for values in (norm.weight, norm.bias)]
     code = backends.DTYPE_CODE[norm.x.dtype]
     return norm.x.data_ptr(), *addresses, code, batch * height * width, channels, norm.eps, norm.relu
 

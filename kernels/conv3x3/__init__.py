@@ -161,7 +161,5 @@ backends.LIB.impl("conv3x3", _with_gradient, "Autograd")
 
 
 def _named(backend: str, tensor: Tensor) -> Version:
-    backends.require("conv3x3", backend)
-    if backend == "native" and tensor.device.type != "cpu":
-        raise ValueError(f"device; got {tensor.device}; accepted by backend 'native': cpu")
+    backends.require("conv3x3", backend, tensor)
     return REFERENCE if backend == "reference" else NATIVE

@@ -50,9 +50,9 @@ def check(job: Conv) -> None:
     _check_filters("packed", job.packed, channels_out, shape[1], device)
     _check_filters("packed_transposed", job.packed_transposed, shape[1], channels_out, device)
     if job.mask is not None:
-        _check_images("mask", job.mask, shape, device)
+        backends.require_bf16("mask", job.mask, shape, device)
     if job.residual is not None:
-        _check_images("residual", job.residual, torch.Size((shape[0], channels_out, *shape[2:])), device)
+        backends.require_bf16("residual", job.residual, torch.Size((shape[0], channels_out, *shape[2:])), device)
     bias = job.bias
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (channels_out,) or bias.device != device):
         got = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
@@ -67,14 +67,6 @@ def _check_filters(name: str, filters: Tensor, channels_out: int, channels_in: i
             f"{name}; got {filters.dtype} {tuple(filters.shape)} on {filters.device}; accepted: contiguous bfloat16 "
             f"{shape} on {device}, as from pack for {channels_in} channels in and {channels_out} out"
         )
-
-
-def _check_images(name: str, images: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if images.dtype != torch.bfloat16:
-        raise TypeError(f"{name}; got {images.dtype}; accepted: bfloat16")
-    if images.shape != shape or images.device != device:
-        got = f"{tuple(images.shape)} on {images.device}"
-        raise ValueError(f"{name}; got {got}; accepted: {tuple(shape)} on {device}")
 
 
 def _packed_shape(channels_out: int, channels_in: int) -> tuple[int, ...]:
@@ -107,11 +99,11 @@ def _conv_native(job: Conv) -> Tensor:
     mask, residual = (None if t is None else backends.channels_last(t) for t in (job.mask, job.residual))
     bias = None if job.bias is None else job.bias.contiguous()
     backends.native_op("conv3x3").run(
-        _address(x),
-        _address(mask),
+        backends.address(x),
+        backends.address(mask),
         job.packed.data_ptr(),
-        _address(bias),
-        _address(residual),
+        backends.address(bias),
+        backends.address(residual),
         out.data_ptr(),
         batch,
         height,
@@ -122,10 +114,6 @@ def _conv_native(job: Conv) -> Tensor:
         torch.get_num_threads(),
     )
     return out
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _conv_nothing(job: Conv) -> Tensor:

@@ -195,16 +195,18 @@ class _Job(NamedTuple):
             got = f"{self.height} x {self.width}"
             raise ValueError(f"height and width; got {got}; accepted: as large as a kernel of {kernel}")
         outputs = (self.grad.shape[0], weight.shape[0], *sides)
-        _check_like("grad", self.grad, outputs, weight.device)
-        _check_like("mask", self.mask, outputs, weight.device)
+        backends.require_bf16("grad", self.grad, outputs, weight.device)
+        if self.mask is not None:
+            backends.require_bf16("mask", self.mask, outputs, weight.device)
         if (self.grad_beside is None) != (self.beside is None):
             raise ValueError("grad_beside; got one without the other; accepted: with filters beside, and without none")
-        if self.beside is not None:
-            outputs = (self.grad.shape[0], self.beside.shape[0], *sides)
-            _check_like("beside", self.beside, (self.beside.shape[0], weight.shape[1], 1, 1), weight.device)
-            _check_like("grad_beside", self.grad_beside, outputs, weight.device)
+        if self.beside is not None and self.grad_beside is not None:
+            channels = self.beside.shape[0]
+            backends.require_bf16("beside", self.beside, (channels, weight.shape[1], 1, 1), weight.device)
+            outputs = (self.grad.shape[0], channels, *sides)
+            backends.require_bf16("grad_beside", self.grad_beside, outputs, weight.device)
         size = (_packed_size(weight.shape, self.stride, self.padding, self.beside),)
-        _check_like("packed", self.packed, size, weight.device)
+        backends.require_bf16("packed", self.packed, size, weight.device)
         if not self.packed.is_contiguous():
             raise ValueError("packed; got strides; accepted: contiguous, as from pack")
 
@@ -212,15 +214,6 @@ class _Job(NamedTuple):
         # No view of other memory: a model may change it in place.
         format = torch.channels_last
         return torch.empty(self.shape, dtype=torch.bfloat16, device=self.grad.device, memory_format=format)
-
-
-def _check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor is None:
-        return
-    if tensor.dtype != torch.bfloat16:
-        raise TypeError(f"{name}; got {tensor.dtype}; accepted: bfloat16")
-    if tensor.shape != shape or tensor.device != device:
-        raise ValueError(f"{name}; got {tuple(tensor.shape)} on {tensor.device}; accepted: {tuple(shape)} on {device}")
 
 
 def _packed_size(shape: torch.Size, stride: int, padding: int, beside: Tensor | None) -> int:
@@ -248,8 +241,8 @@ def _native(job: _Job) -> Tensor:
     assert grad is not None
     backends.native_op("conv_grad").run(
         grad.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        0 if beside is None else beside.data_ptr(),
+        backends.address(mask),
+        backends.address(beside),
         job.packed.data_ptr(),
         out.data_ptr(),
         grad.shape[0],
@@ -286,7 +279,5 @@ backends.implement(
 
 
 def _named(backend: str, tensor: Tensor) -> Callable[..., Tensor]:
-    backends.require("conv_grad", backend)
-    if backend == "native" and tensor.device.type != "cpu":
-        raise ValueError(f"device; got {tensor.device}; accepted by backend 'native': cpu")
+    backends.require("conv_grad", backend, tensor)
     return _VERSIONS[backend]

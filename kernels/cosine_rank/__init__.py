@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pbe_fast.kernels.backends import DTYPE_CODE, LIB, native_op, require, triton_installed, triton_interpreted
+from pbe_fast.kernels.backends import DTYPE_CODE, LIB, native_op, require, triton_installed
 from pbe_fast.kernels.cosine_rank import reference
 
 __all__ = [
@@ -65,7 +65,7 @@ def cosine_distance(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tens
     if backend is None:
         distance: Tensor = torch.ops.pbe_fast.cosine_distance.default(a.detach(), b.detach())
         return distance
-    _require(backend, a)
+    require(_OP, backend, a)
     _check_pair(a, b)
     return {"reference": reference.cosine_distance, "native": _native_distance, "triton": _triton_distance}[backend](
         a.detach(), b.detach()
@@ -134,7 +134,7 @@ def select_top(
         return selected
     if backend == "triton":
         raise ValueError("backend of select_top; got 'triton'; accepted: 'reference' (any device) or 'native' (CPU)")
-    _require(backend, distance)
+    require(_OP, backend, distance)
     select = {"reference": reference.select_smallest, "native": _native_select}[backend]
     return select(distance.detach(), count)
 
@@ -171,14 +171,6 @@ def _check_distance(distance: Tensor) -> None:
         raise TypeError(f"dtype of distances; got {distance.dtype}; accepted: float32")
     if distance.dim() != 1:
         raise ValueError(f"shape of distances; got {tuple(distance.shape)}; accepted: (N,)")
-
-
-def _require(backend: str, tensor: Tensor) -> None:
-    require(_OP, backend)
-    if backend == "native" and tensor.device.type != "cpu":
-        raise ValueError(f"device for backend 'native'; got {tensor.device}; accepted: cpu")
-    if backend == "triton" and tensor.device.type != ("cpu" if triton_interpreted() else "cuda"):
-        raise ValueError(f"device for backend 'triton'; got {tensor.device}; accepted: cuda, or cpu when interpreted")
 
 
 def _rows(logits: Tensor) -> Tensor:

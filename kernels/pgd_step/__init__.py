@@ -222,15 +222,15 @@ def _run_native(step: Step) -> None:
         step.grad.data_ptr(),
         step.origin.data_ptr(),
         step.adv_next.data_ptr(),
-        0 if step.model_input is None else step.model_input.data_ptr(),
+        backends.address(step.model_input),
         backends.DTYPE_CODE[step.grad.dtype],
         0 if step.model_input is None else backends.DTYPE_CODE[step.model_input.dtype],
         images,
         channels,
         height * width,
         step.layout == torch.channels_last,
-        0 if step.mean is None else step.mean.data_ptr(),
-        0 if step.std is None else step.std.data_ptr(),
+        backends.address(step.mean),
+        backends.address(step.std),
         step.eps,
         step.alpha,
         NORMS.index(step.norm),
@@ -321,8 +321,5 @@ for _name, _form in (("pgd_step", _functional), ("pgd_step_", _inplace)):
 
 
 def _named(backend: str, adv: Tensor) -> Run:
-    backends.require("pgd_step", backend)
-    device = "cpu" if backend == "native" or backends.triton_interpreted() else "cuda"
-    if backend != "reference" and adv.device.type != device:
-        raise ValueError(f"device of adv; got {adv.device}; accepted by backend {backend!r}: {device}")
+    backends.require("pgd_step", backend, adv)
     return _RUNS[backend]

@@ -228,8 +228,8 @@ def _run_native(job: Job) -> None:
         backends.DTYPE_CODE[job.out.dtype],
         *images.shape,
         job.channels_last,
-        0 if job.mean is None else job.mean.data_ptr(),
-        0 if job.std is None else job.std.data_ptr(),
+        backends.address(job.mean),
+        backends.address(job.std),
         torch.get_num_threads(),
     )
     source, native = job.source, backends.native_op("warp")
@@ -271,8 +271,5 @@ for _name, _form in (("warp", _shared), ("warp_noise", _noisy)):
 
 
 def _named(backend: str, images: Tensor) -> Run:
-    backends.require("warp", backend)
-    device = "cpu" if backend == "native" or backends.triton_interpreted() else "cuda"
-    if backend != "reference" and images.device.type != device:
-        raise ValueError(f"device of images; got {images.device}; accepted by backend {backend!r}: {device}")
+    backends.require("warp", backend, images)
     return RUNS[backend]

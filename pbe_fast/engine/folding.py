@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pbe_fast.engine.copies import deep_copy, frozen_copy, needs_planes
-from pbe_fast.engine.frozen_layers import AffineReLU, StridedConv2d, WinogradConv2d
+from pbe_fast.engine.frozen_layers import AffineReLU, FastGradConv2d, WinogradConv2d
 from pbe_fast.engine.fusing import fused, place_convolutions
 from pbe_fast.engine.tracing import is_untouched, trace
 
@@ -93,7 +93,7 @@ class FrozenCopy(nn.Module):
         for conv, norm in self._pairs:
             _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
         for module in self.net.modules():
-            if isinstance(module, (WinogradConv2d, StridedConv2d, AffineReLU)):
+            if isinstance(module, (WinogradConv2d, FastGradConv2d, AffineReLU)):
                 module.refresh()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -56,11 +56,11 @@ class WinogradConv2d(nn.Conv2d):
         return F.relu(out) if self.relu else out
 
 
-class StridedConv2d(nn.Conv2d):
+class FastGradConv2d(nn.Conv2d):
     """A convolution whose input's gradient is `pbe_fast.kernels.conv_grad`, with its filters put in order by `refresh`.
 
     Args:
-        conv: One that `can_be_strided`; weight and bias are its own, in float32.
+        conv: One that `can_have_fast_grad`; weight and bias are its own, in float32.
 
     Attributes:
         relu: Whether the ReLU that followed it is part of it.
@@ -111,7 +111,7 @@ class StridedConv2d(nn.Conv2d):
 
 
 class BesideConv2d(nn.Conv2d):
-    """A 1 x 1 convolution of the same images as a `StridedConv2d`, which computes both.
+    """A 1 x 1 convolution of the same images as a `FastGradConv2d`, which computes both.
 
     Args:
         conv: One that `can_be_beside`; weight and bias are its own, in float32.
@@ -176,7 +176,7 @@ def _in_bfloat16(input: Tensor) -> bool:
 def has_fast_convolutions(device: torch.device) -> bool:
     """Whether the convolutions here are the faster ones for bfloat16 on a device."""
     # AMX multiplies many times faster than it loads: there Winograd's transformations cost more than they save. The
-    # strided gradients were not measured there.
+    # other gradients were not measured there.
     return device.type == "cpu" and is_fast() and not torch.cpu._is_amx_tile_supported()
 
 
@@ -191,7 +191,7 @@ def can_be_winograd(conv: nn.Module) -> bool:
     )
 
 
-def can_be_strided(conv: nn.Module) -> bool:
+def can_have_fast_grad(conv: nn.Module) -> bool:
     """Whether the gradient of a convolution's input is faster by `pbe_fast.kernels.conv_grad`, in bfloat16."""
     if not _is_plain(conv) or isinstance(conv.padding, str) or conv.kernel_size == (1, 1):
         return False
@@ -200,14 +200,14 @@ def can_be_strided(conv: nn.Module) -> bool:
     return square and (stride[0] > 1 or conv.in_channels < _FEWEST_CHANNELS)
 
 
-def can_be_beside(conv: nn.Module, strided: StridedConv2d) -> bool:
+def can_be_beside(conv: nn.Module, other: FastGradConv2d) -> bool:
     """Whether a convolution of the same images can be computed by the other."""
     return (
         _is_plain(conv)
         and conv.kernel_size == (1, 1)
-        and conv.stride == strided.stride
+        and conv.stride == other.stride
         and conv.padding == (0, 0)
-        and strided.kernel_size[0] == 2 * _both(strided.padding) + 1
+        and other.kernel_size[0] == 2 * _both(other.padding) + 1
     )
 
 

@@ -13,17 +13,17 @@ from torch import fx, nn
 from pbe_fast.engine.frozen_layers import (
     AffineReLU,
     BesideConv2d,
-    StridedConv2d,
+    FastGradConv2d,
     WinogradConv2d,
     can_be_beside,
-    can_be_strided,
     can_be_winograd,
+    can_have_fast_grad,
     has_fast_convolutions,
 )
 from pbe_fast.engine.rewriting import IN_PLACE_SUMS, Rewriting
 from pbe_fast.engine.tracing import is_untouched, trace
 
-_CONVOLUTIONS = (WinogradConv2d, StridedConv2d)
+_CONVOLUTIONS = (WinogradConv2d, FastGradConv2d)
 
 
 def place_convolutions(net: nn.Module) -> None:
@@ -36,8 +36,8 @@ def place_convolutions(net: nn.Module) -> None:
             continue
         if can_be_winograd(module):
             net.set_submodule(name, WinogradConv2d(module))
-        elif can_be_strided(module):
-            net.set_submodule(name, StridedConv2d(module))
+        elif can_have_fast_grad(module):
+            net.set_submodule(name, FastGradConv2d(module))
 
 
 def fused(net: nn.Module) -> nn.Module | None:
@@ -73,7 +73,7 @@ class _Rewriting(Rewriting):
             if self.is_add(node):
                 self._fuse_add(node)
         for node in self.every("call_module"):
-            if self.is_plain(node, StridedConv2d):
+            if self.is_plain(node, FastGradConv2d):
                 self._pair(node)
         self.graph.lint()
 
@@ -81,7 +81,7 @@ class _Rewriting(Rewriting):
         source = self.alone(node.args[0])
         if source is None:
             return
-        if self._is_conv(source) or self.is_plain(source, StridedConv2d):
+        if self._is_conv(source) or self.is_plain(source, FastGradConv2d):
             self.module(source).relu = True
             self.replace(node, source)
         elif self.is_add(source):
@@ -112,18 +112,18 @@ class _Rewriting(Rewriting):
         return None
 
     def _pair(self, node: fx.Node) -> None:
-        """A strided convolution and the 1 x 1 one that alone reads the same images, as one call where the first was."""
+        """A convolution and the 1 x 1 one that alone reads the same images, as one call where the first was."""
         images = node.args[0]
         if not isinstance(images, fx.Node) or len(images.users) != 2:
             return
         (other,) = set(images.users) - {node}
-        strided = self.module(node)
-        if not self.is_plain(other, nn.Conv2d) or not can_be_beside(self.module(other), strided):
+        conv = self.module(node)
+        if not self.is_plain(other, nn.Conv2d) or not can_be_beside(self.module(other), conv):
             return
         name, beside = str(other.target), BesideConv2d(self.module(other))
         self.put(name, beside)
         self.net.set_submodule(name, beside)
-        strided.pair_with(beside)
+        conv.pair_with(beside)
         with self.graph.inserting_after(images):
             both = self.graph.call_module(str(node.target), (images,))
         with self.graph.inserting_after(both):

@@ -13,7 +13,7 @@ from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.frozen_layers import (
     AffineReLU,
     BesideConv2d,
-    StridedConv2d,
+    FastGradConv2d,
     WinogradConv2d,
     has_fast_convolutions,
 )
@@ -112,8 +112,8 @@ def test_logits_and_gradients_are_those_of_the_model(name: str) -> None:
     fused = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     plain = FrozenCopy(model, dtype=torch.bfloat16)
     exact = copy.deepcopy(model).double()
-    assert any(isinstance(module, (WinogradConv2d, StridedConv2d)) for module in fused.modules())
-    assert not any(isinstance(module, (WinogradConv2d, StridedConv2d)) for module in plain.modules())
+    assert any(isinstance(module, (WinogradConv2d, FastGradConv2d)) for module in fused.modules())
+    assert not any(isinstance(module, (WinogradConv2d, FastGradConv2d)) for module in plain.modules())
     expected, expected_gradient = exact(images.double()), gradient(exact, images.double())
     for function, value in ((lambda m: m(images), expected), (lambda m: gradient(m, images), expected_gradient)):
         # At most a little further from the exact values than bfloat16 is anyway.
@@ -132,11 +132,11 @@ def test_everything_that_can_be_is_part_of_a_convolution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strided", "beside"), [("preact_resnet18", 4, 3), ("resnet18", 4, 3), ("pairs", 4, 1), ("small_cnn", 1, 0)]
+    ("name", "fast", "beside"), [("preact_resnet18", 4, 3), ("resnet18", 4, 3), ("pairs", 4, 1), ("small_cnn", 1, 0)]
 )
-def test_what_reads_the_same_images_is_computed_together(name: str, strided: int, beside: int) -> None:
+def test_what_reads_the_same_images_is_computed_together(name: str, fast: int, beside: int) -> None:
     net = FrozenCopy(trained(MODELS[name]()), dtype=torch.bfloat16, image_shape=SHAPE).net
-    assert sum(isinstance(module, StridedConv2d) for module in net.modules()) == strided
+    assert sum(isinstance(module, FastGradConv2d) for module in net.modules()) == fast
     assert sum(isinstance(module, BesideConv2d) for module in net.modules()) == beside
 
 
@@ -221,7 +221,7 @@ def test_a_model_that_keeps_its_features_is_folded_and_fused() -> None:
     gradient(model, images)
     copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
     assert copied.folded == (("conv", "norm"),)
-    assert any(isinstance(module, StridedConv2d) for module in copied.modules())
+    assert any(isinstance(module, FastGradConv2d) for module in copied.modules())
     assert distance(copied(images), model(images)) < 0.01
 
 

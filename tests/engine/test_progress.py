@@ -50,3 +50,21 @@ def test_a_generator_with_a_total_and_a_figure_beside_it(capsys):
     err = capsys.readouterr().err
     assert "epochs: 100%" in err
     assert "loss=9" in err
+
+
+def test_a_bar_that_is_told_to_draw_waits_and_ends_its_line(capsys):
+    with progress(range(10), desc="cells") as bar:
+        bar.set_postfix_str("a minute left")
+        assert capsys.readouterr().err == ""
+        time.sleep(0.2)
+        for _ in range(50):
+            bar.set_postfix_str("half a minute left")
+    err = capsys.readouterr().err
+    assert "half a minute left" in err and err.endswith("\n")
+    assert err.count("cells") < 10
+
+
+def test_a_bar_that_shows_nothing_may_be_told_to_draw(capsys):
+    with progress(range(10), desc="cells", enabled=False) as bar:
+        bar.set_postfix_str("a minute left")
+    assert capsys.readouterr() == ("", "")

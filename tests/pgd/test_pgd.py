@@ -2,27 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attacked import smooth_network, some_images, some_labels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.config import PGDConfig
 from pbe_fast.pgd import input_gradient, pgd_attack, random_start, random_windows
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return smooth_network()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return some_images()
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return some_labels()
 
 
 def literal_pgd(model: nn.Module, x: Tensor, y: Tensor, config: PGDConfig) -> Tensor:

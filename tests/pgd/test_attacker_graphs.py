@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attacked import SHAPE, predictions, smooth_network, some_images, some_labels
+from attacked import SHAPE, predictions
 from fake_cuda import FakeCuda, installed
 from torch import Tensor, nn
 
@@ -24,21 +24,6 @@ from pbe_fast.pgd import pgd_attack
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return installed(monkeypatch)
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return smooth_network()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return some_images()
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return some_labels()
 
 
 def _eager(network: nn.Module, **options: object) -> nn.Module:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from attacked import SHAPE, predictions, smooth_network, some_images, some_labels
+from attacked import SHAPE, predictions, smooth_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,21 +13,6 @@ from pbe_fast.config import PGDConfig
 from pbe_fast.errors import InputError
 from pbe_fast.models import Normalized, PreActResNet18
 from pbe_fast.pgd import pgd_attack
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return smooth_network()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return some_images()
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return some_labels()
 
 
 def losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
