@@ -41,11 +41,14 @@ class Run(Steps):
         infected_logits = self._infected_logits(train)
         ranking, agrees = self._rank(train, infected_logits)
         # No poisoned image has taught this model anything: what it changed most is the attacker's.
-        changed = changed_labels(label_distances(ranking, train.labels, train.num_classes))
-        self._finish_round(0, entry | _found(ranking, train, changed), ranking)
+        changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
         fractions = self.config.refining_fractions
+        if fractions:
+            # Of a trigger that this round did not erase it changed little.
+            suspects = changed | self._attracting_labels(train)
+        self._finish_round(0, entry | _found(ranking, train, suspects), ranking)
         ranking = self._later_rounds(
-            train, infected_logits, ranking, agrees, fractions, suspects=changed, changed=changed
+            train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed
         )
         return self._result(ranking, train)
 

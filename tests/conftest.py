@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pbe_fast.engine import precision
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Before anything imports Triton: without a GPU its kernels run in the interpreter, on CPU tensors.
@@ -34,6 +36,6 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def exact_float32() -> Iterator[None]:
-    """Convolutions in float32 on a GPU too, where torch lets them use TF32 otherwise: 10 bits of 23."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """On a GPU as well, see `pbe_fast.engine.precision`."""
+    with precision.exact_float32(torch.device("cuda")):
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -75,12 +74,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         function, dynamic=False, backend="eager" if SCALE == "tiny" else "inductor"
     )
     return compiled_one
-
-
-def exact_float32(device: str) -> AbstractContextManager[None]:
-    """Inside, a GPU's convolutions are in float32; torch lets them use TF32, with 10 bits of 23, otherwise."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    return flags if device == "cuda" else nullcontext()
 
 
 @cache

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICES, SCALE, best_dtype, exact_float32, flops, network, pixels, run_field, sized
+from cases import DEVICES, SCALE, best_dtype, flops, network, pixels, run_field, sized
 from peers import ALPHA, EPS, PEERS, STEPS, Attack, Strengthened, plain_loop
 from pytest_benchmark.fixture import BenchmarkFixture
+from racing import wait_for_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.attacker import PGD
 from pbe_fast.config import PGDConfig
+from pbe_fast.engine.precision import exact_float32
 
 CONFIG = PGDConfig(eps=EPS, alpha=ALPHA, steps=STEPS, compile="off")
 STRONG = " strengthened"
@@ -53,7 +55,7 @@ def test_pgd(benchmark: BenchmarkFixture, name: str, device: str) -> None:
     inputs = [batch(model, images, side, device, seed=seed) for seed in range(rounds + 1)]
     found, first_seconds = first_calls(runners, inputs[0])
     check_values(model, found, inputs[0])
-    with exact_float32(device):
+    with exact_float32(torch.device(device)):
         check_steps(model, side, inputs[0])
     bf16 = dtype == torch.bfloat16
     best = "ours, compiled" if "ours, compiled" in runners else "ours"
@@ -110,6 +112,7 @@ def first_calls(
     for name, runner in runners.items():
         start = time.perf_counter()
         found[name] = runner(*arguments)
+        wait_for_device()
         seconds[name] = time.perf_counter() - start
     return found, seconds
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from pbe_fast.engine.copies import deep_copy, frozen_copy, needs_planes
 from pbe_fast.engine.frozen_layers import AffineReLU, FastGradConv2d, WinogradConv2d
 from pbe_fast.engine.fusing import fused, place_convolutions
+from pbe_fast.engine.precision import exact_float32
 from pbe_fast.engine.tracing import is_untouched, trace
 
 # Modules whose work is a matrix product with their weight: what mixed precision computes in the short format.
@@ -175,12 +176,15 @@ def _fold_into(target: nn.Module, conv: nn.Module, norm: nn.Module) -> None:
 
 
 def _agree(net: nn.Module, folded: nn.Module, shape: torch.Size, device: torch.device) -> bool:
-    """Whether two models give two random images the same logits and gradients, up to the rounding of float32."""
+    """Whether two models give two random images the same logits and gradients, up to the rounding of float32.
+
+    TF32's would be larger than what is looked for: a ResNet-18 of random weights would not be folded.
+    """
     images = torch.rand(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
     seen = []
     try:
         for model in (net, folded):
-            with torch.enable_grad():
+            with torch.enable_grad(), exact_float32(device):
                 leaf = images.clone().requires_grad_()
                 logits = model(leaf)
                 (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)

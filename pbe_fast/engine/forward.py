@@ -65,12 +65,20 @@ def predict_logits(
     """
     n, device = len(images), _device_of(model, images)
     size = min(n, batch_size or _LARGEST)
-    weights = weight_dtype(model)
+    # A frozen copy takes float32, whatever its first weight is held in.
+    weights = torch.float32 if isinstance(model, FrozenCopy) else weight_dtype(model)
     if n >= _WORTH_FOLDING and weights == torch.float32 and not isinstance(model, (FrozenCopy, torch.jit.ScriptModule)):
         model = FrozenCopy(model, dtype=dtype, image_shape=tuple(images.shape[1:]))
     channels_last = True
+
+    def answer(batch: Tensor) -> Tensor:
+        floats = to_input(batch).to(weights)
+        logits: Tensor = model(floats if channels_last else in_planes(floats)).float()
+        return logits
+
     streamed = streamed or images.device != device
     out: Tensor | None = None
+    batch: Tensor | None = None
     start = 0
     bar = progress(range(n), desc=desc, enabled=show_progress)
     # no_grad, not inference_mode: what a model keeps from this pass must still do for a later backward pass.
@@ -78,8 +86,7 @@ def predict_logits(
         while start < n:
             try:
                 for batch in _batches(images, start, size, device, streamed=streamed):
-                    floats = to_input(batch).to(weights)
-                    logits = model(floats if channels_last else in_planes(floats)).float()
+                    logits = answer(batch)
                     if out is None:
                         out = torch.empty(n, logits.shape[1], dtype=torch.float32, device=images.device)
                     out[start : start + len(logits)] = logits
@@ -95,6 +102,7 @@ def predict_logits(
             if start < n:
                 # Not in the clause above: there the traceback still holds the memory of the batch that failed.
                 size //= 2
+                batch = None
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     assert out is not None

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -70,6 +70,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Inside, float32 products on a GPU are float32's; torch lets convolutions use TF32, with 10 bits of 23, otherwise.
+
+    Of all threads, as torch keeps it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    settings: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @functools.cache

@@ -22,8 +22,9 @@ class Recorder:
 
     They also share the stream of their captures, without which nothing of the pool would be shared. But a graph that is
     destroyed takes the stream's cuBLAS workspace with it, which the others captured there go on using
-    (pytorch#193402). So every graph is kept, replayed or not, until the recorder itself goes, and no two recorders
-    share a stream. A graph that is kept takes no memory of the pool from the others.
+    (pytorch#193402). So every graph is kept, replayed or not, and those whose capture failed as well, until the
+    recorder itself goes, and no two recorders share a stream. A graph that is kept takes no memory of the pool from the
+    others.
 
     Args:
         device: Where the functions work. Nothing is recorded where that is no GPU.
@@ -63,10 +64,10 @@ class Recorder:
             ):
                 function()
         except RuntimeError as error:
-            _abandon(graph, stream.device.index, self._pool)
-            if not self._graphs:
-                # A pool that no graph holds is not taken again while anything in it is in use.
-                self._pool = None
+            _abandon(stream.device.index, self._pool)
+            # What was allocated while it failed may still be in use, and torch may take the pool to be under way.
+            self._pool = None
+            self._graphs.append(graph)
             self._failed.add(kind)
             warnings.warn(
                 f"a step runs without a CUDA graph: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=4
@@ -142,14 +143,13 @@ class Replay:
             self._function()
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, device_index: int, pool: Any) -> None:
+def _abandon(device_index: int, pool: Any) -> None:
     """Ends what a failed capture began in the allocator.
 
     An invalidated capture raises as it ends, before torch tells the allocator. While that takes a capture to be under
     way it gives no memory back that another stream has used: every batch that is sent ahead would be lost.
     """
-    graph.reset()
-    # Of a later torch, or where the capture failed before or after, there is nothing left to end.
+    # Of a later torch, or where the capture itself ended well (out of memory, say), there is nothing left to end.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device_index, pool)
         torch._C._cuda_releasePool(device_index, pool)

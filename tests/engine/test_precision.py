@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pbe_fast.engine import precision
-from pbe_fast.engine.precision import autocast, resolve_device, resolve_precision
+from pbe_fast.engine.precision import autocast, exact_float32, resolve_device, resolve_precision
 from pbe_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -71,6 +71,20 @@ def test_autocast_is_on_below_float32_only() -> None:
         assert F.linear(x, w).dtype == torch.bfloat16
     with autocast(CPU, torch.float32):
         assert F.linear(x, w).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_exact_float32_on_a_gpu_and_afterwards_what_was_there(device: str) -> None:
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = (convolutions.fp32_precision, products.fp32_precision)
+    with pytest.raises(KeyboardInterrupt), exact_float32(torch.device(device)):
+        seen = (convolutions.fp32_precision, products.fp32_precision)
+        raise KeyboardInterrupt
+    assert before[0] == "tf32"
+    assert seen == (("ieee", "ieee") if device == "cuda" else before)
+    assert (convolutions.fp32_precision, products.fp32_precision) == before
+    # Settings that contradict each other are an error where they are read by their former name.
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_no_weight_of_before_is_left_where_the_caller_has_mixed_precision_on() -> None:

@@ -69,6 +69,26 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda: FakeCuda, when: str) -
     assert not any(cuda.references.values())
 
 
+def test_a_capture_that_fails_but_ends_leaves_the_graphs_of_its_owner_alone(cuda: FakeCuda) -> None:
+    def exhausted() -> None:
+        if cuda.capturing is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    owner = Recorder(cuda.device)
+    good = _called(Replay(_nothing, owner, kind="attack"))
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph: CUDA out of memory"):
+        _called(Replay(exhausted, owner, kind="update"))
+    # A workspace that went with the failed graph would be that of the good one, too.
+    good()
+    later = _called(Replay(_nothing, owner, kind="gathering"))
+    assert good.captured and later.captured
+    first, failed, last = cuda.captured
+    assert first.pool == failed.pool != last.pool
+    del good, later, owner
+    assert not any(graph.alive for graph in cuda.captured)
+    assert not any(cuda.references.values())
+
+
 def _nothing() -> None:
     pass
 
