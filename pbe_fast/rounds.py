@@ -56,8 +56,9 @@ class Run(Steps):
         """Algorithm 1, line by line."""
         infected_logits = self._infected_logits(train)
         # Initialisation: D_ext^0
-        suspects = self._attracting_labels(train)
-        changed = torch.zeros_like(suspects)
+        changed = suspects = torch.zeros(train.num_classes, dtype=torch.bool)
+        if self.config.initial != "random":
+            suspects = self._attracting_labels(train)
         steady = None
         fragile = self._fragility(train, infected_logits, suspects)
         if fragile is not None:
@@ -132,8 +133,6 @@ class Run(Steps):
         return ranking
 
     def _attracting_labels(self, train: ImageSet) -> Tensor:
-        if self.config.initial == "random":
-            return torch.zeros(train.num_classes, dtype=torch.bool)
         with self._phase("attracting labels"):
             return attracting_labels(
                 attack_counts(

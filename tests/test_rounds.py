@@ -164,21 +164,31 @@ def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(infect
     assert twice.ranking is not None and not torch.equal(once.ranking.distance, twice.ranking.distance)
 
 
-def test_with_a_clean_set_the_labels_that_changed_are_set_apart_and_the_first_round_is_taught(
-    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("attracting", [[], [1], [3]])
+def test_with_a_clean_set_the_labels_that_changed_or_attract_are_set_apart_and_the_first_round_is_taught(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, attracting: list[int]
 ) -> None:
-    apart: list[list[int]] = []
+    apart: list[tuple[list[int], list[int]]] = []
 
     def chosen(*arguments: Any, **keywords: Any) -> Tensor:
-        apart.append(arguments[2].nonzero()[:, 0].tolist())
+        apart.append((arguments[2].nonzero()[:, 0].tolist(), keywords["changed"].nonzero()[:, 0].tolist()))
         return next_extra_set(*arguments, **keywords)
 
-    seen = watch(monkeypatch, infected, attracting=[], changed=lambda distances: torch.arange(4) == 3)
+    seen = watch(monkeypatch, infected, attracting=attracting, changed=lambda distances: torch.arange(4) == 3)
     monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", chosen)
     result = run(infected.model, infected.train_data, quarters(40, seed=1), refining_fractions=(0.3, 0.5))
     assert seen.left_out == [] and seen.taught == [True, False, False]
-    assert apart == [[3], [3]]
-    assert [entry["labels_apart"] for entry in result.history] == [[3]] * 3
+    either = sorted({3, *attracting})
+    assert apart == [(either, [3])] * 2
+    assert [entry["labels_apart"] for entry in result.history] == [either] * 3
+
+
+def test_without_further_rounds_no_label_is_looked_for(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch(monkeypatch, infected, attracting=[1])
+    once = run(infected.model, infected.train_data, quarters(40, seed=1), refining_fractions=())
+    assert once.history[0]["labels_apart"] == [] and "attracting labels" not in once.seconds
 
 
 def test_with_a_clean_set_the_training_set_may_be_missing_and_is_only_ranked_if_so_asked(
