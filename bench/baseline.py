@@ -67,15 +67,18 @@ def purify_plainly(
     purified = copy.deepcopy(infected).requires_grad_(True)
     train = None if train is None else train.to("cpu")
     steady = None
+    generator = torch.Generator().manual_seed(seed)
     if clean is not None:
         fine_tune(purified, clean, None, config, teacher=infected, device=where)
         if train is None:
             return PlainResult(purified.eval(), None)
         ranking, agrees = rank_plainly(infected, purified, train, where)
         changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        if config.refining_fractions:
+            counts = attack_counts_plainly(infected, train, config, generator, where)
+            suspects = changed | attracting_labels(counts)
     else:
         assert train is not None
-        generator = torch.Generator().manual_seed(seed)
         suspects = torch.zeros(train.num_classes, dtype=torch.bool)
         if config.initial != "random":
             suspects = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
