@@ -215,13 +215,15 @@ def fine_tune(
 
 
 def plain_attack(model: nn.Module, pgd: PGDConfig | WaveConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchattacks' PGD; it has no windows and no waves."""
+    """torchattacks' PGD; it has no windows, no waves and no grids."""
     import torchattacks
 
     if isinstance(pgd, WaveConfig):
         return lambda images, labels: add_waves(images, random_ids(images), pgd, seed=0)
     if pgd.window is not None:
         return functools.partial(attack_windows, model, pgd)
+    if pgd.grid is not None:
+        return functools.partial(attack_smoothly, model, pgd)
     return torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
 
 
@@ -239,6 +241,23 @@ def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Ten
         adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
     model.train(was_training)
     return adversarial
+
+
+def attack_smoothly(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
+    """PGD on a coarse grid of values; torchattacks has none."""
+    assert pgd.grid is not None
+    was_training = model.training
+    model.eval()
+    values = images.new_zeros(*images.shape[:2], pgd.grid, pgd.grid)
+    for _ in range(pgd.steps):
+        values.requires_grad_()
+        change = F.interpolate(values, images.shape[2:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(model(torch.clamp(images + change, 0, 1)), labels)
+        (gradient,) = torch.autograd.grad(loss, values)
+        values = torch.clamp(values.detach() + pgd.step_size * gradient.sign(), -pgd.eps, pgd.eps)
+    model.train(was_training)
+    change = F.interpolate(values, images.shape[2:], mode="bilinear", align_corners=False)
+    return torch.clamp(images + change, 0, 1)
 
 
 def random_ids(images: Tensor) -> Tensor:

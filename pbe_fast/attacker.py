@@ -22,6 +22,7 @@ from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.models.normalized import Normalized
 from pbe_fast.pgd import input_gradient, random_start, random_windows
+from pbe_fast.smoothness import smooth_step_, spread_matrices
 
 # Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next.
 _CPU_ROWS = 64
@@ -83,6 +84,7 @@ class PGD:
         if config.window is not None:
             windows = torch.zeros((rows, 1, *self.image_shape[1:]), dtype=torch.bool, device=device)
         self._batch = replace(self._batch, windows=windows)
+        self._spread = None if config.grid is None else spread_matrices(config.grid, self.image_shape, device)
         self._key, self._restart = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._make_replays()
         if config.compile == "on":
@@ -193,6 +195,11 @@ class PGD:
         return (images - self._mean.view(-1, 1, 1)) / self._std.view(-1, 1, 1)
 
     def _update(self, batch: AttackBatch, gradient: Tensor) -> None:
+        if self._spread is not None:
+            eps, alpha = self.config.eps, self.config.step_size
+            smooth_step_(batch.adversarial, gradient, batch.images, self._spread, eps=eps, alpha=alpha)
+            self._set_input(batch)
+            return
         if batch.windows is not None:
             gradient = gradient * batch.windows
         apart = None if batch.model_input is batch.adversarial else batch.model_input

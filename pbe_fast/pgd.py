@@ -12,6 +12,7 @@ from pbe_fast.config import PGDConfig
 from pbe_fast.engine.precision import autocast
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.kernels.philox import random_words
+from pbe_fast.smoothness import smooth_step_, spread_matrices
 
 # Philox's stream of the random starts, "PGD" and the number of the restart: no other operation draws the same numbers.
 _STREAM = 0x50474400
@@ -49,8 +50,12 @@ def pgd_attack(
     ids = torch.arange(len(images), device=images.device) if image_ids is None else image_ids
     adversarial = random_start(images, ids, config, seed) if config.random_start else images.clone()
     windows = None if config.window is None else random_windows(images, ids, config.window, seed)
+    spread = None if config.grid is None else spread_matrices(config.grid, images.shape, images.device)
     for _ in range(config.steps):
         gradient, _ = input_gradient(model, adversarial, labels, dtype=dtype)
+        if spread is not None:
+            smooth_step_(adversarial, gradient, images, spread, eps=config.eps, alpha=config.step_size)
+            continue
         if windows is not None:
             gradient = gradient * windows
         pgd_step_(adversarial, gradient, images, eps=config.eps, alpha=config.step_size, norm=config.norm)

@@ -41,6 +41,7 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (FineTuneConfig, {"lr": 0.0}),
     (PGDConfig, {"window": 0.0}),
     (PGDConfig, {"window": 1.1}),
+    (PGDConfig, {"grid": 0}),
     (FineTuneConfig, {"lr": math.nan}),
     (FineTuneConfig, {"batch_size": 1}),
     (FineTuneConfig, {"momentum": 1.0}),
@@ -56,6 +57,9 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (PurifyConfig, {"eps_factors": (1.0, 0.0)}),
     (PurifyConfig, {"patch_windows": (0.0,)}),
     (PurifyConfig, {"patch_windows": (0.25, 1.5)}),
+    (PurifyConfig, {"smooth_grids": (8, 0)}),
+    (PurifyConfig, {"smooth_eps": 0.0}),
+    (PurifyConfig, {"smooth_eps": 12.0}),
     (PurifyConfig, {"wave_amplitudes": (0.1, 0.0)}),
     (PurifyConfig, {"wave_amplitudes": (math.inf,)}),
     (WaveConfig, {"amplitude": 0.0}),
@@ -123,6 +127,14 @@ def test_the_paper_s_own_options() -> None:
     assert paper.initial == "random"
 
 
+@pytest.mark.parametrize("option", [{"window": 0.5}, {"random_start": True}, {"norm": "l2"}])
+def test_a_grid_stands_by_itself(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="option 'grid'; got 4; accepted: with norm linf"):
+        PGDConfig(grid=4, **option)
+    with_grid = PurifyConfig(pgd=PGDConfig(grid=4), patch_windows=(0.25,))
+    assert [(attack.grid, attack.window) for attack in with_grid.patch_attacks] == [(None, 0.25)]
+
+
 def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> None:
     config = PurifyConfig(pgd=PGDConfig(eps=0.08, alpha=0.01), eps_factors=(1.0, 0.25))
     turns = config.attacks[:2]
@@ -134,16 +146,20 @@ def test_step_1b_takes_turns_between_sizes_of_eps_and_the_paper_has_one() -> Non
     assert PurifyConfig.paper().adversarial_steps == 100
 
 
-def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_waves() -> None:
+def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_waves_and_grids() -> None:
     config = PurifyConfig(
-        pgd=PGDConfig(norm="l2", eps=2.0, steps=7),
+        pgd=PGDConfig(norm="l2", eps=2.0, steps=7, random_start=True, restarts=2),
         eps_factors=(1.0,),
         patch_windows=(0.5, 0.2),
         wave_amplitudes=(0.3, 0.1),
+        smooth_grids=(6, 3),
+        smooth_eps=0.2,
     )
     whole, *others = config.attacks
     assert isinstance(whole, PGDConfig) and (whole.norm, whole.eps, whole.window) == ("l2", 2.0, None)
-    assert tuple(others) == (*config.patch_attacks, WaveConfig(amplitude=0.3), WaveConfig(amplitude=0.1))
+    waves = (WaveConfig(amplitude=0.3), WaveConfig(amplitude=0.1))
+    smooth = tuple(PGDConfig(eps=0.2, alpha=0.05, steps=7, grid=grid) for grid in (6, 3))
+    assert tuple(others) == (*config.patch_attacks, *waves, *smooth)
     assert [a.window for a in config.patch_attacks] == [0.5, 0.2]
     # Whatever the number of steps, a pixel can go from 0 to 1.
     assert all(

@@ -44,6 +44,7 @@ def test_whole_run(benchmark: BenchmarkFixture, kind: str, goal: float) -> None:
         initial="random",
         eps_factors=(1.0,),
         patch_windows=(),
+        smooth_grids=(),
         wave_amplitudes=(),
     )
 

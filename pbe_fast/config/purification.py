@@ -30,13 +30,19 @@ class PurifyConfig:
         "sides of further turns of step 1b, as shares of the image's: they change one random window of each image, and "
         "that at will, which is the way to a patch (none: no such turns)",
     )
+    smooth_grids: tuple[int, ...] = option(
+        (8, 4),
+        "further turns of step 1b: PGD on grids of so many values along each axis, spread smoothly over the image, "
+        "which is the way to a faint picture (none: no such turns)",
+    )
+    smooth_eps: float = option(0.12, "how far these may change a pixel, in pixel units of [0, 1]")
     wave_amplitudes: tuple[float, ...] = option(
         (0.2, 0.2),
         "further turns of step 1b: random plane waves of these amplitudes, in pixel units of [0, 1], the way to a "
         "trigger that is spread over all pixels (none: no such turns)",
     )
     adversarial_steps: int = option(
-        140, "updates of step 1b in each round, which its turns share; fewer than there are turns leave some out"
+        180, "updates of step 1b in each round, which its turns share; fewer than there are turns leave some out"
     )
     clean_steps: int = option(150, "updates of step 2 in each round, at least")
     clean_epochs: int = option(4, "passes over the extra set in step 2 of each round, at least")
@@ -87,6 +93,9 @@ class PurifyConfig:
         check(self.pgd.norm != "linf" or largest <= 1, "eps_factors", self.eps_factors, accepted)
         finite = all(0 < a < math.inf for a in self.wave_amplitudes)
         check(finite, "wave_amplitudes", self.wave_amplitudes, "each above 0")
+        grids = all(grid >= 1 for grid in self.smooth_grids)
+        check(grids, "smooth_grids", self.smooth_grids, "each 1 or more")
+        check(0 < self.smooth_eps <= 1, "smooth_eps", self.smooth_eps, "above 0 and at most 1")
         sides = all(0 < w <= 1 for w in self.patch_windows)
         check(sides, "patch_windows", self.patch_windows, "each above 0 and at most 1")
         check(len(self.fractions) >= 1, "fractions", self.fractions, "one per round, at least one")
@@ -106,7 +115,12 @@ class PurifyConfig:
         """
         plain = FineTuneConfig(mix_clean=False, distill_weight=0.0)
         # The updates of its one turn, as they were before there were others.
-        no_turns: dict[str, Any] = {"patch_windows": (), "wave_amplitudes": (), "adversarial_steps": 100}
+        no_turns: dict[str, Any] = {
+            "patch_windows": (),
+            "smooth_grids": (),
+            "wave_amplitudes": (),
+            "adversarial_steps": 100,
+        }
         return cls(
             finetune=plain,
             eps_factors=(1.0,),
@@ -119,11 +133,12 @@ class PurifyConfig:
 
     @property
     def attacks(self) -> tuple[PGDConfig | WaveConfig, ...]:
-        """Step 1a, once for each of ``eps_factors``, of ``patch_windows`` and of ``wave_amplitudes``."""
+        """Step 1a, once for each of ``eps_factors``, ``patch_windows``, ``wave_amplitudes`` and ``smooth_grids``."""
         pgd = self.pgd
         whole = [dataclasses.replace(pgd, eps=pgd.eps * f, alpha=pgd.step_size * f) for f in self.eps_factors]
         waves = [WaveConfig(amplitude=amplitude) for amplitude in self.wave_amplitudes]
-        return (*whole, *self.patch_attacks, *waves)
+        smooth = [pgd.smooth(grid, self.smooth_eps) for grid in self.smooth_grids]
+        return (*whole, *self.patch_attacks, *waves, *smooth)
 
     @property
     def patch_attacks(self) -> tuple[PGDConfig, ...]:

@@ -32,6 +32,9 @@ class PGDConfig:
     window: float | None = option(
         None, "change one random window of each image, of this share of its shorter side, instead of all of it"
     )
+    grid: int | None = option(
+        None, "change a grid of so many values along each axis, spread smoothly over the image, instead of its pixels"
+    )
     random_start: bool = option(False, "start at a random point of the ball")
     restarts: int = option(1, "random starts or windows per image; the one that reaches the highest loss counts")
     early_stop: bool = option(False, "leave an image alone as soon as it is misclassified")
@@ -44,6 +47,10 @@ class PGDConfig:
         check(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
         check(self.steps >= 1, "steps", self.steps, "1 or more")
         check(self.window is None or 0 < self.window <= 1, "window", self.window, "above 0 and at most 1")
+        check(self.grid is None or self.grid >= 1, "grid", self.grid, "1 or more")
+        if self.grid is not None:
+            alone = "with norm linf, and neither a window nor a random start"
+            check(self.norm == "linf" and not self.draws, "grid", self.grid, alone)
         check(1 <= self.restarts <= 256, "restarts", self.restarts, "1 to 256")
         alone = "1, or more with random_start=True (--random-start) or a window"
         check(self.restarts == 1 or self.draws, "restarts", self.restarts, alone)
@@ -61,7 +68,16 @@ class PGDConfig:
 
     def at_will(self, window: float) -> PGDConfig:
         """The attack on windows of that share of the side: in four steps, or all if fewer, a pixel takes any value."""
-        return dataclasses.replace(self, norm="linf", eps=1.0, alpha=max(0.25, 1 / self.steps), window=window)
+        return dataclasses.replace(
+            self, norm="linf", eps=1.0, alpha=max(0.25, 1 / self.steps), window=window, grid=None
+        )
+
+    def smooth(self, grid: int, eps: float) -> PGDConfig:
+        """The attack on a grid of values within ``eps``; in four steps, or all if fewer, a value goes all the way."""
+        alpha = eps * max(0.25, 1 / self.steps)
+        return dataclasses.replace(
+            self, norm="linf", eps=eps, alpha=alpha, grid=grid, window=None, random_start=False, restarts=1
+        )
 
     @property
     def step_size(self) -> float:

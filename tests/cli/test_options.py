@@ -91,10 +91,9 @@ def test_values_of_flags_reach_the_field(config: object) -> None:
     assert with_values(config, {}) == config
     assert with_values(config, {field.name: None for field in config_fields(config, "")}) == config
     for field in config_fields(config, ""):
-        changed = with_values(config, {field.name: field.default if field.default is not None else 0.5})
-        assert {f.name: f.default for f in config_fields(changed, "")}[field.name] == (
-            field.default if field.default is not None else 0.5
-        )
+        value = field.default if field.default is not None else {"grid": 3}.get(field.name, 0.5)
+        changed = with_values(config, {field.name: value})
+        assert {f.name: f.default for f in config_fields(changed, "")}[field.name] == value
     assert with_values(config, {"lr": 0.123}) != config
 
 
