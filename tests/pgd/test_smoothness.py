@@ -4,19 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from attacked import SHAPE, predictions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.attacker import PGD
 from pbe_fast.config import PGDConfig
+from pbe_fast.models import Normalized
 from pbe_fast.pgd import pgd_attack
 from pbe_fast.smoothness import smooth_step_, spread_matrices
 
-SHAPES = [(3, 32, 32), (1, 33, 47), (2, 5, 3), (3, 1, 9)]
+SIZES = [(3, 32, 32), (1, 33, 47), (2, 5, 3), (3, 1, 9)]
 
 
 @pytest.mark.parametrize("grid", [1, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SIZES)
 def test_a_grid_is_spread_as_interpolation_spreads_it(shape: tuple[int, ...], grid: int) -> None:
     rows, columns = spread_matrices(grid, shape)
     sides = [min(grid, side) for side in shape[1:]]
@@ -63,15 +65,41 @@ def test_what_it_changes_is_smooth_within_its_radius_and_raises_the_loss(
     assert float((after > before).float().mean()) > 0.9
 
 
-@pytest.mark.parametrize("options", [{}, {"early_stop": True}, {"steps": 3, "alpha": 0.1}])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("options", [{}, {"steps": 3, "alpha": 0.1}])
 def test_the_attack_as_an_object_gives_the_same_images(
-    model: nn.Module, images: Tensor, labels: Tensor, options: dict[str, Any]
+    model: nn.Module, images: Tensor, labels: Tensor, options: dict[str, Any], normalised: bool
 ) -> None:
+    if normalised:
+        model = Normalized(model, (0.5, 0.4, 0.6), (0.3,) * 3).eval()
     config = PGDConfig(eps=0.3, grid=4, **options)
-    found = PGD(model, config, image_shape=tuple(images.shape[1:]), batch_size=7)(images, labels)
-    if config.early_stop:
-        assert float((found - images).abs().max()) <= 0.3 + 1e-6
-        return
+    pixels = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=4)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4, beside=pixels)
+    found = attack(images, labels)
     expected = pgd_attack(model, images, labels, config)
     # A value whose gradient is nearly zero may go the other way.
     assert float(((found - expected).abs() > 1e-4).float().mean()) < 0.02
+    assert not torch.equal(pixels(images, labels), found)
+
+
+def test_it_stops_early_where_it_is_asked_to(model: nn.Module, images: Tensor) -> None:
+    labels = predictions(model, images)
+    config = PGDConfig(eps=0.3, grid=4, steps=8, early_stop=True)
+    found = PGD(model, config, image_shape=SHAPE, batch_size=4)(images, labels)
+    whole = pgd_attack(model, images, labels, config)
+    moved, all_the_way = ((x - images).abs().amax((1, 2, 3)) for x in (found, whole))
+    fooled = predictions(model, found) != labels
+    assert bool(fooled.any()) and bool((moved <= all_the_way + 1e-5).all()) and bool((moved < all_the_way).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_float32")
+def test_a_gpu_replays_it_as_a_graph(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    model, images, labels = Normalized(model, (0.5,) * 3, (0.3,) * 3).eval().cuda(), images.cuda(), labels.cuda()
+    config = PGDConfig(eps=0.3, grid=4)
+    attack = PGD(model, config, image_shape=SHAPE, batch_size=4)
+    for _ in range(3):
+        found = attack(images, labels)
+    assert attack._run_all.captured
+    expected = pgd_attack(model, images, labels, config)
+    assert float(((found - expected).abs() > 1e-3).double().mean()) < 0.02
