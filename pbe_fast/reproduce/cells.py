@@ -188,7 +188,7 @@ def matrix_subjects(panel: Panel, request: Request, scale: Scale, seed: int) -> 
     if panel.setting == "all_to_all":
         return [subject_of(panel, scale, seed)]
     targets = scale.targets if request.targets is None else request.targets
-    return [subject_of(panel, scale, seed, target) for target in targets]
+    return [subject_of(panel, scale, seed, target) for target in targets or (None,)]
 
 
 def scan_subjects(request: Request, scale: Scale, seed: int) -> list[Subject]:

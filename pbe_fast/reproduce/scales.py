@@ -76,7 +76,7 @@ class Scale:
         note: What is to be known of its figures.
         plans: By data set.
         stand_in: A data set in place of all others; None for the paper's.
-        targets: Target labels of Fig. 1 and 4.
+        targets: Target labels of Fig. 1 and 4; none for that of the tables alone.
         poison_rate: Of every attack.
         pbe: Options of PBE, with a clean set and without.
         baselines: Options of the others, by method.
@@ -90,7 +90,7 @@ class Scale:
     note: str
     plans: Mapping[str, Plan]
     stand_in: str | None = None
-    targets: tuple[int, ...] = (0,)
+    targets: tuple[int, ...] = ()
     poison_rate: float = 0.10
     pbe: PurifyConfig = field(default_factory=PurifyConfig)
     baselines: Mapping[str, BaselineConfig] = field(default_factory=lambda: dict(BASELINES))

@@ -49,6 +49,14 @@ def test_figures_of_one_attack_take_one_model_and_matrices_one_per_target() -> N
     assert [s.attack for s in features.subjects()] == ["benign", "blend"]
 
 
+def test_the_small_scale_shows_in_its_matrices_the_models_of_its_tables() -> None:
+    shown = {cell.subject for cell in cells_of(Request(figures=(1, 4)), CPU) if cell.subject.attack != "benign"}
+    assert shown <= {cell.subject for cell in cells_of(Request(tables=(1, 2, 4)), CPU)}
+    assert {(subject.data, subject.target) for subject in shown} == {("cifar10", 0), ("gtsrb", 2)}
+    of_others = cells_of(Request(figures=(4,), targets=(5,)), CPU)
+    assert {cell.subject.target for cell in of_others if cell.subject.setting == "all_to_one"} == {5}
+
+
 def test_smoke_is_all_digits_and_says_so() -> None:
     smoke = SCALES["smoke"]
     assert {c.subject.data for c in cells_of(Request(tables=(1, 2, 3, 4, 5), figures=(1, 4, 5)), smoke)} == {"digits"}
