@@ -248,16 +248,20 @@ def attack_smoothly(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Te
     assert pgd.grid is not None
     was_training = model.training
     model.eval()
-    values = images.new_zeros(*images.shape[:2], pgd.grid, pgd.grid)
+    height, width = images.shape[2:]
+    nothing = images.new_zeros(*images.shape[:2], min(pgd.grid, height), min(pgd.grid, width), requires_grad=True)
+
+    def spread(values: Tensor) -> Tensor:
+        return F.interpolate(values, (height, width), mode="bilinear", align_corners=False)
+
+    adversarial = images.clone()
     for _ in range(pgd.steps):
-        values.requires_grad_()
-        change = F.interpolate(values, images.shape[2:], mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(model(torch.clamp(images + change, 0, 1)), labels)
-        (gradient,) = torch.autograd.grad(loss, values)
-        values = torch.clamp(values.detach() + pgd.step_size * gradient.sign(), -pgd.eps, pgd.eps)
+        loss = F.cross_entropy(model(adversarial + spread(nothing)), labels)
+        (gradient,) = torch.autograd.grad(loss, nothing)
+        moved = adversarial + pgd.step_size * spread(gradient.sign())
+        adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
     model.train(was_training)
-    change = F.interpolate(values, images.shape[2:], mode="bilinear", align_corners=False)
-    return torch.clamp(images + change, 0, 1)
+    return adversarial
 
 
 def random_ids(images: Tensor) -> Tensor:

@@ -37,8 +37,10 @@ def check_types(config: Any) -> None:
     for name, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if typing.get_origin(kind) is tuple:
-            right = isinstance(value, tuple | list) and all(_is_a(part, float) for part in value)
-            check(right, name, repr(value), "numbers, as a tuple")
+            part_kind = typing.get_args(kind)[0]
+            right = isinstance(value, tuple | list) and all(_is_a(part, part_kind) for part in value)
+            accepted = "whole numbers, as a tuple" if part_kind is int else "numbers, as a tuple"
+            check(right, name, repr(value), accepted)
             # A list could be changed behind the checks' back, and equals no tuple.
             object.__setattr__(config, name, tuple(value))
         else:

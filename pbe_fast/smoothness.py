@@ -19,12 +19,12 @@ def spread_matrices(grid: int, image_shape: Sequence[int], device: torch.device 
     """How a grid of values is spread over an image, along its rows and along its columns.
 
     Args:
-        grid: Values along each axis; of a smaller image as many as it has pixels.
+        grid: Values along each axis; along a shorter one as many as it has pixels.
         image_shape: (..., H, W).
         device: Of the result.
 
     Returns:
-        (H, grid) and (W, grid) float32, whose rows sum to 1: `F.interpolate`'s bilinear weights.
+        (H, values) and (W, values) float32, whose rows sum to 1: `F.interpolate`'s bilinear weights.
     """
 
     def along(size: int) -> Tensor:
@@ -39,7 +39,7 @@ def spread_matrices(grid: int, image_shape: Sequence[int], device: torch.device 
 def smooth_step_(
     adversarial: Tensor, gradient: Tensor, images: Tensor, spread: Spread, *, eps: float, alpha: float
 ) -> Tensor:
-    """A step of PGD in the max norm of the grid, in place.
+    """A step of PGD on the grid, in place.
 
     Every value of the grid moves by ``alpha`` in the direction that raises the loss; a pixel stays within ``eps`` of
     its image, and in [0, 1].
@@ -55,11 +55,27 @@ def smooth_step_(
     Returns:
         ``adversarial``.
     """
-    rows, columns = spread
     # Whatever the caller has switched on: the products are small, and a sign near zero is all that they are for.
     with torch.autocast(adversarial.device.type, enabled=False):
-        # The chain rule: the gradient with respect to the grid.
-        values = rows.T @ gradient.float() @ columns
-        adversarial.add_(rows @ values.sign() @ columns.T, alpha=alpha)
-    adversarial.copy_(torch.maximum(torch.minimum(adversarial, images + eps), images - eps).clamp_(0, 1))
+        step = _spread(_gathered(gradient.float(), spread).sign_(), spread)
+    adversarial.sub_(images).add_(step, alpha=alpha).clamp_(-eps, eps).add_(images).clamp_(0, 1)
     return adversarial
+
+
+# Both by two products of matrices that find channels_last as it lies.
+
+
+def _gathered(gradient: Tensor, spread: Spread) -> Tensor:
+    """The gradient with respect to the grid, by the chain rule, (B, values, values, C)."""
+    rows, columns = spread
+    b, c, h, w = gradient.shape
+    lines = rows.T @ gradient.permute(0, 2, 3, 1).reshape(b, h, w * c)
+    return columns.T @ lines.view(b, -1, w, c)
+
+
+def _spread(values: Tensor, spread: Spread) -> Tensor:
+    """A grid (B, values, values, C) over the images, (B, C, H, W) in channels_last."""
+    rows, columns = spread
+    b, n, _, c = values.shape
+    lines = (columns @ values).view(b, n, -1)
+    return (rows @ lines).view(b, len(rows), len(columns), c).permute(0, 3, 1, 2)

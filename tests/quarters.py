@@ -25,7 +25,7 @@ PLAIN = FineTuneConfig(lr=0.02, batch_size=32, augment="none")
 QUICK = PurifyConfig(
     pgd=PGDConfig(eps=0.05, steps=2),
     finetune=PLAIN,
-    adversarial_steps=7,
+    adversarial_steps=9,
     clean_steps=3,
     clean_epochs=1,
     fractions=(0.1, 0.25, 0.5),

@@ -180,6 +180,11 @@ def test_and_between_windows_that_are_changed_at_will_whatever_the_ball_is_and_w
         (PurifyConfig, {"pgd": {"eps": 0.1}}, "option 'pgd'; got .*; accepted: a PGDConfig"),
         (PurifyConfig, {"fractions": 0.1}, "option 'fractions'; got 0.1; accepted: numbers, as a tuple"),
         (PurifyConfig, {"fractions": ("x",)}, "option 'fractions'; got .*; accepted: numbers, as a tuple"),
+        (
+            PurifyConfig,
+            {"smooth_grids": (8, 2.5)},
+            "option 'smooth_grids'; got .*; accepted: whole numbers, as a tuple",
+        ),
         (NADConfig, {"epochs": "many"}, "option 'epochs'; got 'many'; accepted: a whole number"),
     ],
 )

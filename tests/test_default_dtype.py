@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"device": "cpu", "precision": "fp32", "progress": Fal
 PURIFY = PurifyConfig(
     pgd=PGDConfig(eps=0.05, steps=1, random_start=True),
     finetune=FineTuneConfig(batch_size=32, augment="auto"),
-    adversarial_steps=7,
+    adversarial_steps=9,
     clean_steps=2,
     clean_epochs=0,
     fractions=(0.5,),

@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels", "options"),
     ("config",),
     ("engine", "torchvision_compat", "baselines"),
-    ("data", "models", "triggers"),
+    ("data", "models", "smoothness", "triggers"),
     ("attack_batch", "calibration", "poison", "pgd", "waves", "metrics"),
     ("attacker",),
     ("attraction", "finetune", "forgetting", "mirroring", "ranking", "steadiness"),

@@ -100,7 +100,7 @@ def test_a_run_needs_its_data_and_a_little_more_than_the_activations_of_one_batc
         pgd=PGDConfig(steps=2),
         finetune=FineTuneConfig(lr=1e-3, batch_size=BATCH, augment="crop+flip", mix_clean=mix),
         # One of each turn.
-        adversarial_steps=7,
+        adversarial_steps=len(PurifyConfig().attacks),
         clean_steps=2,
         clean_epochs=0,
         fractions=(0.5, 1.0),

@@ -92,7 +92,7 @@ def test_the_number_of_updates(infected: InfectedModel, steps: int, epochs: int,
     before = int(infected.model.get_buffer("1.num_batches_tracked"))
     result = run(infected.model, infected.train_data, clean_steps=steps, clean_epochs=epochs)
     made = int(result.model.get_buffer("1.num_batches_tracked")) - before
-    assert made == 3 * 7 + sum(per_round)
+    assert made == 3 * 9 + sum(per_round)
 
 
 def test_whoever_looks_on_sees_every_round_and_changes_nothing(infected: InfectedModel) -> None:

@@ -58,8 +58,8 @@ def _shortened(adversarial_steps: int, clean_steps: int) -> PurifyConfig:
 
 
 CONFIGS = sized(
-    tiny={"clean": _shortened(7, 2), "no-clean": _shortened(7, 2)},
-    normal={"clean": _shortened(40, 60), "no-clean": _shortened(20, 40)},
+    tiny={"clean": _shortened(9, 2), "no-clean": _shortened(9, 2)},
+    normal={"clean": _shortened(45, 60), "no-clean": _shortened(18, 40)},
     full={"clean": PurifyConfig(finetune=_TUNING), "no-clean": PurifyConfig(finetune=_TUNING)},
 )
 

@@ -38,6 +38,14 @@ def numbers(text: str) -> tuple[float, ...]:
     return () if text == "none" else tuple(number(part) for part in text.split(","))
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Likewise of whole numbers."""
+    parts = [] if text == "none" else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"got {text!r}; accepted: whole numbers with commas between them, or none")
+    return tuple(int(part) for part in parts)
+
+
 @dataclass(frozen=True)
 class ConfigField:
     """One field of a config dataclass, however deep."""
@@ -133,7 +141,7 @@ def _click_type(field: ConfigField) -> Any:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is tuple:
-        return numbers
+        return whole_numbers if typing.get_args(kind)[0] is int else numbers
     return {bool: click.BOOL, int: click.INT, float: number, str: click.STRING}[kind]
 
 

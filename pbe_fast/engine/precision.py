@@ -76,7 +76,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Inside, float32 products on a GPU are float32's; torch lets convolutions use TF32, with 10 bits of 23, otherwise.
 
-    Of all threads, as torch keeps it.
+    Of all threads, as torch keeps it. What the settings of convolutions, RNNs and products had inherited from
+    ``torch.backends.fp32_precision`` is their own afterwards.
     """
     if device.type != "cuda":
         yield

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pbe_fast.baselines import BASELINES
 from pbe_fast.cli import main
 from pbe_fast.cli.methods import method_config
-from pbe_fast.cli.options import _spell, config_fields, number, numbers, with_values
+from pbe_fast.cli.options import _spell, config_fields, number, numbers, whole_numbers, with_values
 from pbe_fast.config import AttackConfig, PurifyConfig
 from pbe_fast.errors import InputError
 
@@ -107,6 +107,10 @@ def test_a_recipe_is_where_flags_start_from() -> None:
 def test_numbers_as_people_write_them() -> None:
     assert (number("6/255"), number("1e-3"), number("-2")) == (6 / 255, 1e-3, -2.0)
     assert numbers("0.1,1/2") == (0.1, 0.5)
+    assert (whole_numbers("8,4"), whole_numbers("6"), whole_numbers("none")) == ((8, 4), (6,), ())
+    for text in ("", "8.0", "8,", "-8", "a"):
+        with pytest.raises(click.BadParameter, match="accepted: whole numbers"):
+            whole_numbers(text)
     for text in ("", "a", "1/", "1/0", "1/2/3"):
         with pytest.raises(click.BadParameter, match="accepted: a number"):
             number(text if text != "1/" else "1/ ")

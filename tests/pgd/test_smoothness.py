@@ -74,12 +74,15 @@ def test_the_attack_as_an_object_gives_the_same_images(
         model = Normalized(model, (0.5, 0.4, 0.6), (0.3,) * 3).eval()
     config = PGDConfig(eps=0.3, grid=4, **options)
     pixels = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=4)
+    first = pixels(images, labels)
     attack = PGD(model, config, image_shape=SHAPE, batch_size=4, beside=pixels)
     found = attack(images, labels)
     expected = pgd_attack(model, images, labels, config)
     # A value whose gradient is nearly zero may go the other way.
     assert float(((found - expected).abs() > 1e-4).float().mean()) < 0.02
-    assert not torch.equal(pixels(images, labels), found)
+    # The buffers and the copy that they share are left to the other as they were.
+    assert torch.equal(pixels(images, labels), first)
+    assert torch.equal(attack(images, labels), found)
 
 
 def test_it_stops_early_where_it_is_asked_to(model: nn.Module, images: Tensor) -> None:
