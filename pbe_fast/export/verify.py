@@ -49,7 +49,7 @@ class OnnxReport:
         asr: Attack success rate through onnxruntime; None where no triggered images are known.
         acc_model: The same through the torch model.
         asr_model: The same through the torch model.
-        tolerance: The largest ``max_abs_diff`` that is accepted, of logits within 10; of larger ones more in proportion.
+        tolerance: The largest ``max_abs_diff`` that is accepted of logits within 10; of larger ones more in proportion.
         problems: Why the file is not what the model is, one sentence each.
     """
 
