@@ -28,9 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: an NVIDIA GPU and PyTorch with CUDA"))
         if item.get_closest_marker("data") and not os.environ.get("PBE_FAST_DATA"):
-            item.add_marker(pytest.mark.skip(reason="needs real images: set PBE_FAST_DATA to their folder"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="needs real images, and nothing is downloaded: set PBE_FAST_DATA to their folder"
+                )
+            )
 
 
 @pytest.fixture(autouse=True)

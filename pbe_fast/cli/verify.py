@@ -41,7 +41,7 @@ pbe-fast verify --onnx purified/model.onnx --model purified/ \\
     type=number,
     default=1e-4,
     show_default=True,
-    help="largest difference of a logit that is accepted; of logits beyond 10 more in proportion",
+    help="largest difference of a logit that is accepted",
 )
 @option("--seed", section=RUN, type=SEED, metavar="N", default=0, help="of the random images")
 @console_options

@@ -25,8 +25,6 @@ from pbe_fast.export.write import reference_copy
 from pbe_fast.metrics import attack_success
 
 IMAGES, TRIGGERED, RANDOM = "images", "triggered", "random"
-# Up to logits of this size the tolerance is absolute. Both sides round to 24 bits: larger ones differ in proportion.
-_USUAL_LOGIT = 10.0
 # Batch sizes of the random images, so that a batch dimension frozen at any one of them is found.
 RANDOM_BATCHES = (1, 2, 3, 7, 51)
 
@@ -49,7 +47,7 @@ class OnnxReport:
         asr: Attack success rate through onnxruntime; None where no triggered images are known.
         acc_model: The same through the torch model.
         asr_model: The same through the torch model.
-        tolerance: The largest ``max_abs_diff`` that is accepted of logits within 10; of larger ones more in proportion.
+        tolerance: The largest ``max_abs_diff`` that is accepted.
         problems: Why the file is not what the model is, one sentence each.
     """
 
@@ -104,8 +102,7 @@ def verify_onnx(
         triggered: Images with the trigger; ``labels`` are the attacker's, ``true_labels`` the truth. Those where both
             agree are compared, but left out of ASR.
         providers: onnxruntime providers to run; every one that works on this machine when None.
-        tolerance: Largest absolute difference of a logit that is accepted where none is beyond 10; with larger ones,
-            of a set of images, more in proportion to the largest.
+        tolerance: Largest absolute difference of a logit that is accepted.
         batch_size: Images at a time, besides a first batch of one.
         seed: Of the random images, uniform in [0, 1].
         progress: Show a bar when it takes more than two seconds.
@@ -206,11 +203,9 @@ class _Comparison:
             return
         difference = float(np.abs(logits - expected).max())
         self.max_abs_diff = max(self.max_abs_diff, difference)
-        reach = float(np.abs(expected).max())
-        accepted = self.tolerance * max(1.0, reach / _USUAL_LOGIT)
-        if difference > accepted:
-            scale = f"{difference:.3g} off the model's, which reach {reach:.3g}"
-            self.problems.append(f"{where}: got logits {scale}; accepted: {accepted:.3g}")
+        if difference > self.tolerance:
+            scale = f"{difference:.3g} off the model's, which reach {float(np.abs(expected).max()):.3g}"
+            self.problems.append(f"{where}: got logits {scale}; accepted: {self.tolerance:g}")
         if same < len(expected):
             self.problems.append(
                 f"{where}: got {len(expected) - same} of {len(expected)} predictions other than the model's"
