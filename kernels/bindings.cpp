@@ -33,11 +33,11 @@ void bind_affine_relu(nb::module_ module) {
     op::run({pbe::DType::bf16, pixels, channels, true}, at<const void>(x), at<const float>(scale),
             at<const float>(shift), at<void>(out), threads);
   });
-  module.def("backward", [](Address grad, Address y, Address scale, Address out, std::int64_t pixels,
+  module.def("backward", [](Address grad, Address y, Address scale, Address beside, Address out, std::int64_t pixels,
                             std::int64_t channels, int threads) {
     const nb::gil_scoped_release nogil;
-    op::backward(at<Halves>(grad), at<Halves>(y), at<const float>(scale), at<std::uint16_t>(out), pixels, channels,
-                 threads);
+    op::backward({at<Halves>(grad), at<Halves>(y), at<Halves>(beside), at<const float>(scale), at<std::uint16_t>(out)},
+                 pixels, channels, threads);
   });
 }
 

@@ -12,14 +12,16 @@ from pbe_fast.kernels import backends
 from pbe_fast.kernels.affine_relu import reference
 
 backends.LIB.define("affine_relu(Tensor x, Tensor scale, Tensor shift) -> Tensor")
-backends.LIB.define("affine_relu_backward(Tensor grad, Tensor y, Tensor scale) -> Tensor")
+backends.LIB.define("affine_relu_backward(Tensor grad, Tensor y, Tensor? scale, Tensor? beside) -> Tensor")
+
+_Gradients = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Version(NamedTuple):
     """One version of the two operations, for checked tensors."""
 
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    backward: _Gradients
 
 
 def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None = None) -> Tensor:
@@ -44,6 +46,37 @@ def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None 
         return out
     backends.require("affine_relu", backend, x)
     return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, scale, shift)
+
+
+def affine_relu_and(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """`affine_relu`, and ``x`` itself for its one other reader, whose gradient is added in the same pass.
+
+    Raises:
+        ValueError, TypeError: As `affine_relu`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        y, same = backends.applied(_GradientAnd, x, scale, shift)
+        return y, same
+    return affine_relu(x, scale, shift), x
+
+
+def relu_backward(grad: Tensor, y: Tensor, beside: Tensor | None = None) -> Tensor:
+    """``grad`` where ``y`` is above zero, plus ``beside``.
+
+    Args:
+        grad: bfloat16 (B, C, H, W), any layout.
+        y: As ``grad``: what a ReLU returned.
+        beside: As ``grad``, or None.
+
+    Returns:
+        bfloat16 (B, C, H, W), channels_last, rounded once.
+
+    Raises:
+        ValueError: Shapes or devices that do not fit together.
+        TypeError: A dtype that is not accepted.
+    """
+    out: Tensor = torch.ops.pbe_fast.affine_relu_backward.default(grad, y, None, beside)
+    return out
 
 
 def _check(x: Tensor, **channels: Tensor) -> None:
@@ -71,17 +104,15 @@ def _native_forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return out
 
 
-def _native_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    out, rows, outputs, scale = (
-        _empty(grad),
-        backends.channels_last(grad),
-        backends.channels_last(y),
-        scale.contiguous(),
-    )
+def _native_backward(grad: Tensor, y: Tensor, scale: Tensor | None, beside: Tensor | None) -> Tensor:
+    out, rows, outputs = _empty(grad), backends.channels_last(grad), backends.channels_last(y)
+    other = None if beside is None else backends.channels_last(beside)
+    scale = None if scale is None else scale.contiguous()
     backends.native_op("affine_relu").backward(
         rows.data_ptr(),
         outputs.data_ptr(),
-        scale.data_ptr(),
+        backends.address(scale),
+        backends.address(other),
         out.data_ptr(),
         *_pixels(rows),
         torch.get_num_threads(),
@@ -94,7 +125,7 @@ def _pixels(images: Tensor) -> tuple[int, int]:
     return batch * height * width, channels
 
 
-def _empty(x: Tensor, *_: Tensor) -> Tensor:
+def _empty(x: Tensor, *_: Tensor | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -106,18 +137,22 @@ def _forward(version: Version) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return call
 
 
-def _backward(version: Version) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def call(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        _check(grad, scale=scale)
-        if y.shape != grad.shape or y.dtype != grad.dtype or y.device != grad.device:
-            got = f"{y.dtype} {tuple(y.shape)} on {y.device}"
-            raise ValueError(f"y; got {got}; accepted: as grad, {grad.dtype} {tuple(grad.shape)} on {grad.device}")
-        return version.backward(grad, y, scale)
+def _backward(version: Version) -> _Gradients:
+    def call(grad: Tensor, y: Tensor, scale: Tensor | None, beside: Tensor | None) -> Tensor:
+        _check(grad, **({} if scale is None else {"scale": scale}))
+        for name, other in (("y", y), ("beside", beside)):
+            if other is None:
+                continue
+            if other.shape != grad.shape or other.dtype != grad.dtype or other.device != grad.device:
+                got = f"{other.dtype} {tuple(other.shape)} on {other.device}"
+                accepted = f"as grad, {grad.dtype} {tuple(grad.shape)} on {grad.device}"
+                raise ValueError(f"{name}; got {got}; accepted: {accepted}")
+        return version.backward(grad, y, scale, beside)
 
     return call
 
 
-def _channels_last(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _channels_last(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *tensors: run(*tensors).contiguous(memory_format=torch.channels_last)
 
 
@@ -146,7 +181,23 @@ class _Gradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         output, scale = ctx.saved_tensors
-        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale), None, None
+        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale, None), None, None
+
+
+class _GradientAnd(torch.autograd.Function):
+    """That of `affine_relu_and`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        output = backends.below_autograd(_op, x, scale, shift)
+        ctx.save_for_backward(output, scale)
+        return output, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, beside: Tensor) -> tuple[Tensor, None, None]:
+        output, scale = ctx.saved_tensors
+        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale, beside), None, None
 
 
 def _with_gradient(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

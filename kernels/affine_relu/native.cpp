@@ -43,14 +43,19 @@ PBE_AVX512 void run_block(const void* x, const float* scale, const float* shift,
   }
 }
 
-PBE_AVX512 void backward_block(const std::uint16_t* grad, const std::uint16_t* y, const float* scale,
-                               std::uint16_t* out, std::int64_t pixels, std::int64_t channels) {
+template <bool Scaled, bool Beside>
+PBE_AVX512 void backward_block(const Gradient& all, std::int64_t first, std::int64_t pixels, std::int64_t channels) {
   for (std::int64_t c = 0; c < channels; c += kLanes) {
     const __mmask16 lanes = first_lanes(channels - c);
-    const __m512 scales = load<DType::f32>(scale + c, lanes);
-    for (std::int64_t at = c; at < pixels * channels; at += channels) {
-      const __m512 let_through = load<DType::bf16>(grad + at, above_zero(y + at, lanes));
-      store<DType::bf16, true>(out + at, _mm512_mul_ps(let_through, scales), lanes);
+    const __m512 scales = Scaled ? load<DType::f32>(all.scale + c, lanes) : _mm512_set1_ps(1.0f);
+    for (std::int64_t at = first + c; at < first + pixels * channels; at += channels) {
+      __m512 value = load<DType::bf16>(all.grad + at, above_zero(all.y + at, lanes));
+      if constexpr (Beside) {
+        value = _mm512_fmadd_ps(value, scales, load<DType::bf16>(all.beside + at, lanes));
+      } else if constexpr (Scaled) {
+        value = _mm512_mul_ps(value, scales);
+      }
+      store<DType::bf16, true>(all.out + at, value, lanes);
     }
   }
 }
@@ -69,19 +74,19 @@ void run(const Images& images, const void* x, const float* scale, const float* s
   });
 }
 
-void backward(const std::uint16_t* grad, const std::uint16_t* y, const float* scale, std::uint16_t* out,
-              std::int64_t pixels, std::int64_t channels, int threads) {
-  over_blocks(pixels, channels, threads, [&](std::int64_t at, std::int64_t count) {
-    backward_block(grad + at, y + at, scale, out + at, count, channels);
-  });
+void backward(const Gradient& all, std::int64_t pixels, std::int64_t channels, int threads) {
+  const auto version = all.scale == nullptr
+                           ? (all.beside == nullptr ? backward_block<false, false> : backward_block<false, true>)
+                           : (all.beside == nullptr ? backward_block<true, false> : backward_block<true, true>);
+  over_blocks(pixels, channels, threads,
+              [&](std::int64_t at, std::int64_t count) { version(all, at, count, channels); });
 }
 
 #else
 
 bool is_supported() { return false; }
 void run(const Images&, const void*, const float*, const float*, void*, int) {}
-void backward(const std::uint16_t*, const std::uint16_t*, const float*, std::uint16_t*, std::int64_t, std::int64_t,
-              int) {}
+void backward(const Gradient&, std::int64_t, std::int64_t, int) {}
 
 #endif
 

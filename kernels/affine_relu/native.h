@@ -21,8 +21,14 @@ bool is_supported();
 // x, out: (pixels, channels); scale, shift: (channels,). `out` may be `x`.
 void run(const Images& images, const void* x, const float* scale, const float* shift, void* out, int threads);
 
-// scale grad where y > 0, of bfloat16 images (pixels, channels); `out` may be `grad`.
-void backward(const std::uint16_t* grad, const std::uint16_t* y, const float* scale, std::uint16_t* out,
-              std::int64_t pixels, std::int64_t channels, int threads);
+// bfloat16 images (pixels, channels) and scale (channels,); scale and beside may be null.
+struct Gradient {
+  const std::uint16_t *grad, *y, *beside;
+  const float* scale;
+  std::uint16_t* out;
+};
+
+// out = scale grad where y > 0, plus beside; `out` may be `grad` or `beside`.
+void backward(const Gradient& all, std::int64_t pixels, std::int64_t channels, int threads);
 
 }  // namespace pbe::affine_relu

@@ -93,6 +93,18 @@ def conv3x3(
     return out
 
 
+def conv3x3_and(x: Tensor, packed: Packed, bias: Tensor | None = None, *, relu: bool = False) -> tuple[Tensor, Tensor]:
+    """`conv3x3`, and ``x`` itself for its one other reader, whose gradient is added in the same pass.
+
+    Raises:
+        ValueError, TypeError: As `conv3x3`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        out, same = backends.applied(_GradientAnd, x, packed, bias, relu)
+        return out, same
+    return conv3x3(x, packed, bias, relu=relu), x
+
+
 def is_fast() -> bool:
     """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
     return backends.missing("conv3x3", "native") is None
@@ -148,6 +160,24 @@ class _Gradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _op(grad, output, packed_transposed, packed, None, None, False, ctx.channels_in)
         return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
+
+
+class _GradientAnd(torch.autograd.Function):
+    """Those of `conv3x3_and`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+        forward, backward, channels_out = packed
+        output = backends.below_autograd(_op, x, None, forward, backward, bias, None, relu, channels_out)
+        ctx.save_for_backward(forward, backward, output if relu else None)
+        ctx.channels_in = x.shape[1]
+        return output, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, beside: Tensor) -> tuple[Tensor, None, None, None]:
+        forward, backward, output = ctx.saved_tensors
+        return _op(grad, output, backward, forward, None, beside, False, ctx.channels_in), None, None, None
 
 
 def _with_gradient(*arguments: Any) -> Tensor:

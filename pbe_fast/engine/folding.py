@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pbe_fast.engine.copies import deep_copy, frozen_copy, needs_planes
-from pbe_fast.engine.frozen_layers import AffineReLU, FastGradConv2d, WinogradConv2d
+from pbe_fast.engine.frozen_layers import AffineReLU, FastGradConv2d, PostOpConv2d, WinogradConv2d
 from pbe_fast.engine.fusing import fused, place_convolutions
 from pbe_fast.engine.precision import exact_float32
 from pbe_fast.engine.tracing import is_untouched, trace
@@ -79,6 +79,11 @@ class FrozenCopy(nn.Module):
         """Names of the (convolution, batch normalisation) pairs that became one convolution."""
         return tuple(self._pairs)
 
+    @property
+    def has_post_ops(self) -> bool:
+        """Whether convolutions are oneDNN's with what follows them; compiled, they are plain ones again."""
+        return any(isinstance(module, PostOpConv2d) for module in self.net.modules())
+
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Takes the current weights and BN statistics of ``model``, the one copied or another of its architecture."""
@@ -94,7 +99,7 @@ class FrozenCopy(nn.Module):
         for conv, norm in self._pairs:
             _fold_into(self.net.get_submodule(conv), model.get_submodule(conv), model.get_submodule(norm))
         for module in self.net.modules():
-            if isinstance(module, (WinogradConv2d, FastGradConv2d, AffineReLU)):
+            if isinstance(module, (WinogradConv2d, FastGradConv2d, PostOpConv2d, AffineReLU)):
                 module.refresh()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frozen layers in the form that the CPU's kernels for bfloat16 compute, where this machine has them."""
+"""Frozen layers in the form that a CPU's convolutions for bfloat16 are fastest in, where this machine has them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe_fast.kernels.affine_relu import affine_relu
-from pbe_fast.kernels.conv3x3 import conv3x3, is_fast, pack
+from pbe_fast.engine import onednn
+from pbe_fast.kernels.affine_relu import affine_relu, affine_relu_and
+from pbe_fast.kernels.conv3x3 import conv3x3, conv3x3_and, is_fast, pack
 from pbe_fast.kernels.conv_grad import Filters, conv2d, conv2d_pair
 from pbe_fast.kernels.conv_grad import pack as pack_for_gradient
 
@@ -25,12 +26,13 @@ class WinogradConv2d(nn.Conv2d):
 
     Attributes:
         relu: Whether the ReLU that followed it is part of it; also of the sum with a residual.
+        passes_on: Whether `forward` also returns the images, for their one other reader: both gradients become one.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
-        self.relu = False
+        self.relu = self.passes_on = False
         self._packed = pack(self.weight)
 
     def refresh(self) -> None:
@@ -39,21 +41,87 @@ class WinogradConv2d(nn.Conv2d):
         self._packed.forward.copy_(fresh.forward)
         self._packed.backward.copy_(fresh.backward)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """In bfloat16 where autocast would have it so, in float32 elsewhere; ``residual`` is added to the result."""
+        if not self.passes_on:
+            return self._computed(input, residual)
+        if not _is_bfloat16(input):
+            return self._computed(input), input
+        return conv3x3_and(input, self._packed, self.bias, relu=self.relu)
+
+    def _computed(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not _in_bfloat16(input):
-            return self._finish(super().forward(input), residual)
+            return _finished(super().forward(input), residual, relu=self.relu)
         if residual is None or self._can_add(input, residual):
             return conv3x3(input.to(torch.bfloat16), self._packed, self.bias, residual=residual, relu=self.relu)
-        return self._finish(conv3x3(input.to(torch.bfloat16), self._packed, self.bias), residual)
+        return _finished(conv3x3(input.to(torch.bfloat16), self._packed, self.bias), residual, relu=self.relu)
 
     def _can_add(self, input: Tensor, residual: Tensor) -> bool:
         shape = (input.shape[0], self.out_channels, *input.shape[2:])
         return residual.dtype == torch.bfloat16 and residual.shape == shape
 
-    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
-        out = out if residual is None else out + residual
-        return F.relu(out) if self.relu else out
+
+class PostOpConv2d(nn.Conv2d):
+    """A convolution by oneDNN with what follows it.
+
+    Args:
+        conv: One that `can_have_post_ops`; weight and bias are its own, in float32.
+
+    Attributes:
+        relu: Whether the ReLU that followed it is part of it; also of the sum with a residual.
+        passes_on: Whether `forward` also returns the images, for their one other reader: both gradients become one.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.relu = self.passes_on = False
+        geometry = onednn.Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        self._filters = onednn.Filters(self.weight, geometry)
+
+    def refresh(self) -> None:
+        """Takes the current weight."""
+        self._filters.forget()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """In bfloat16 where autocast would have it so, in float32 elsewhere; ``residual`` is added to the result."""
+        if not self.passes_on:
+            return self._computed(input, residual)
+        if not _is_bfloat16(input):
+            return self._computed(input), input
+        images = input.contiguous(memory_format=torch.channels_last)
+        return onednn.conv2d_and(images, self._filters, self.bias, relu=self.relu)
+
+    def _computed(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        # The compiler cannot look into oneDNN's filters, and fuses by itself.
+        if not _in_bfloat16(input) or torch.compiler.is_compiling():
+            out = super().forward(input)
+            return _finished(out, residual, relu=self.relu)
+        images = input.to(torch.bfloat16, memory_format=torch.channels_last)
+        if residual is None:
+            return onednn.conv2d(images, self._filters, self.bias, relu=self.relu)
+        # oneDNN adds nothing to convolutions in groups.
+        addable = residual.dtype == torch.bfloat16 and residual.shape == self._shape_for(images)
+        if addable and self.groups == 1:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            return onednn.conv2d(images, self._filters, self.bias, residual=residual, relu=self.relu)
+        return _finished(onednn.conv2d(images, self._filters, self.bias), residual, relu=self.relu)
+
+    def _shape_for(self, images: Tensor) -> tuple[int, ...]:
+        stride, padding, dilation, _ = self._filters.geometry
+        axes = zip(images.shape[2:], self.kernel_size, stride, padding, dilation, strict=True)
+        sides = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+        return (images.shape[0], self.out_channels, *sides)
 
 
 class FastGradConv2d(nn.Conv2d):
@@ -136,6 +204,9 @@ class AffineReLU(nn.BatchNorm2d):
 
     Args:
         norm: Weight, bias and statistics are its own.
+
+    Attributes:
+        passes_on: As of `WinogradConv2d`.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -144,6 +215,7 @@ class AffineReLU(nn.BatchNorm2d):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.eval()
+        self.passes_on = False
         self._scale, self._shift = self._current()
 
     def refresh(self) -> None:
@@ -152,11 +224,15 @@ class AffineReLU(nn.BatchNorm2d):
         self._scale.copy_(scale)
         self._shift.copy_(shift)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """In the dtype of the input."""
+        if self.passes_on and _is_bfloat16(input):
+            return affine_relu_and(input, self._scale, self._shift)
         if input.dtype == torch.bfloat16 and input.dim() == 4:
-            return affine_relu(input, self._scale, self._shift)
-        return F.relu(super().forward(input))
+            out = affine_relu(input, self._scale, self._shift)
+        else:
+            out = F.relu(super().forward(input))
+        return (out, input) if self.passes_on else out
 
     @torch.no_grad()
     def _current(self) -> tuple[Tensor, Tensor]:
@@ -168,16 +244,36 @@ class AffineReLU(nn.BatchNorm2d):
         return scale, shift + self.bias if self.affine else shift
 
 
+def _finished(out: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+    out = out if residual is None else out + residual
+    return F.relu(out) if relu else out
+
+
 def _in_bfloat16(input: Tensor) -> bool:
     """Whether a batch of images is, or autocast would make it so."""
     return input.dim() == 4 and (input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
 
 
+def _is_bfloat16(input: Tensor) -> bool:
+    """Whether a batch of images is; never under the compiler, which joins gradients by itself."""
+    return input.dim() == 4 and input.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
 def has_fast_convolutions(device: torch.device) -> bool:
     """Whether the convolutions here are the faster ones for bfloat16 on a device."""
-    # AMX multiplies many times faster than it loads: there Winograd's transformations cost more than they save. The
-    # other gradients were not measured there.
-    return device.type == "cpu" and is_fast() and not torch.cpu._is_amx_tile_supported()
+    # AMX multiplies many times faster than it loads: there Winograd's transformations cost three to six times what they
+    # save, and the other gradients up to three times.
+    return device.type == "cpu" and is_fast() and not onednn.has_amx()
+
+
+def has_post_ops(device: torch.device) -> bool:
+    """Whether oneDNN's convolutions, with what follows them, are the faster ones for bfloat16 on a device."""
+    return device.type == "cpu" and onednn.has_amx() and onednn.is_usable()
+
+
+def can_have_post_ops(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a convolution is of the kind that oneDNN computes with what follows it."""
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def can_be_winograd(conv: nn.Module) -> bool:

@@ -14,27 +14,35 @@ from pbe_fast.engine.frozen_layers import (
     AffineReLU,
     BesideConv2d,
     FastGradConv2d,
+    PostOpConv2d,
     WinogradConv2d,
     can_be_beside,
     can_be_winograd,
     can_have_fast_grad,
+    can_have_post_ops,
     has_fast_convolutions,
+    has_post_ops,
 )
 from pbe_fast.engine.rewriting import IN_PLACE_SUMS, Rewriting
 from pbe_fast.engine.tracing import is_untouched, trace
 
-_CONVOLUTIONS = (WinogradConv2d, FastGradConv2d)
+_CONVOLUTIONS = (WinogradConv2d, FastGradConv2d, PostOpConv2d)
 
 
 def place_convolutions(net: nn.Module) -> None:
-    """Puts our convolutions in the place of those that can be; with hooks, or two names, they are left alone."""
+    """Puts the faster convolutions in the place of those that can be; with hooks, or two names, they are left alone."""
     names = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
-    if not all(has_fast_convolutions(parameter.device) for parameter in net.parameters()):
+    devices = {parameter.device for parameter in net.parameters()}
+    own = all(has_fast_convolutions(device) for device in devices)
+    if not own and not all(has_post_ops(device) for device in devices):
         return
     for name, module in list(net.named_modules()):
         if not name or names[id(module)] > 1 or not isinstance(module, nn.Conv2d) or not is_untouched(module):
             continue
-        if can_be_winograd(module):
+        if not own:
+            if can_have_post_ops(module):
+                net.set_submodule(name, PostOpConv2d(module))
+        elif can_be_winograd(module):
             net.set_submodule(name, WinogradConv2d(module))
         elif can_have_fast_grad(module):
             net.set_submodule(name, FastGradConv2d(module))
@@ -75,6 +83,9 @@ class _Rewriting(Rewriting):
         for node in self.every("call_module"):
             if self.is_plain(node, FastGradConv2d):
                 self._pair(node)
+        for node in self.every("call_module"):
+            if self._is_conv(node) or self.is_plain(node, AffineReLU):
+                self._pass_on(node)
         self.graph.lint()
 
     def _fuse_relu(self, node: fx.Node) -> None:
@@ -132,8 +143,29 @@ class _Rewriting(Rewriting):
         self.replace(node, first)
         self.replace(other, second)
 
+    def _pass_on(self, node: fx.Node) -> None:
+        """Images that go into a block's first layer and around the block: their two gradients become one there."""
+        images = node.args[0]
+        if not isinstance(images, fx.Node) or len(images.users) != 2 or len(node.args) > 1:
+            return
+        (other,) = set(images.users) - {node}
+        after = self.every()
+        # A sum in place would change the images for the first layer, too.
+        takes_it = (self._is_conv(other) and other.args[1:] == (images,)) or (
+            self.is_add(other) and (other.target not in IN_PLACE_SUMS or other.args[0] is not images)
+        )
+        if not takes_it or after.index(other) < after.index(node):
+            return
+        self.module(node).passes_on = True
+        with self.graph.inserting_before(node):
+            both = self.graph.call_module(str(node.target), (images,))
+            first = self.graph.call_function(operator.getitem, (both, 0))
+            same = self.graph.call_function(operator.getitem, (both, 1))
+        other.replace_input_with(images, same)
+        self.replace(node, first)
+
     def _is_conv(self, node: fx.Node) -> bool:
-        return self.is_plain(node, WinogradConv2d)
+        return self.is_plain(node, WinogradConv2d) or self.is_plain(node, PostOpConv2d)
 
     def _is_norm(self, node: fx.Node) -> bool:
         return self.is_plain(node, nn.BatchNorm2d) and self.module(node).running_mean is not None

@@ -143,7 +143,7 @@ def test_not_a_number_is_not_above_zero() -> None:
     masked = conv3x3(a["x"], pack(a["weight"]), mask=not_numbers((1, 16, 4, 4)), backend="native")
     assert masked.count_nonzero() == 0
     scale = torch.ones(16)
-    arguments = a["x"], not_numbers((1, 16, 4, 4)), scale
+    arguments = a["x"], not_numbers((1, 16, 4, 4)), scale, None
     torch.testing.assert_close(
         torch.ops.pbe_fast.affine_relu_backward(*arguments), reference.affine_relu_backward(*arguments), rtol=0, atol=0
     )

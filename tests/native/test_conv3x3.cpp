@@ -47,12 +47,17 @@ TEST(affine_relu_stays_inside_its_buffers) {
   for (const std::int64_t channels : {0, 1, 16, 33, 40000}) {
     for (const std::int64_t pixels : {0, 1, 7}) {
       const std::int64_t n = pixels * channels;
-      const auto x = halves(n, 1), grad = halves(n, 2);
+      const auto x = halves(n, 1), grad = halves(n, 2), beside = halves(n, 5);
       const auto scale = uniform(channels, 0.5f, 1.0f, 3), shift = uniform(channels, -1.0f, 1.0f, 4);
       const auto y = buffer<std::uint16_t>(n), out = buffer<std::uint16_t>(n);
       op::run({pbe::DType::bf16, pixels, channels, true}, x.get(), scale.get(), shift.get(), y.get(), 3);
-      op::backward(grad.get(), y.get(), scale.get(), out.get(), pixels, channels, 3);
-      CHECK(all_finite(y.get(), n) && all_finite(out.get(), n));
+      for (int variant = 0; variant < 4; ++variant) {
+        for (std::int64_t i = 0; i < n; ++i) out[i] = 0x7fc0;
+        op::backward(
+            {grad.get(), y.get(), variant & 1 ? beside.get() : nullptr, variant & 2 ? scale.get() : nullptr, out.get()},
+            pixels, channels, 3);
+        CHECK(all_finite(y.get(), n) && all_finite(out.get(), n));
+      }
     }
   }
 }

@@ -59,6 +59,23 @@ def test_compiling_is_chosen_by_option_or_by_the_work_that_is_left(
     assert compiles("auto", 10**9) == [False, False, True, True]
     assert len(worth) == 2 and min(worth) > 10
     assert compiles("on", 0) == [True] * 4
+    # Not where oneDNN does what the compiler would, and more; only when told to.
+    monkeypatch.setattr(attacker.FrozenCopy, "has_post_ops", property(lambda self: True))
+    assert compiles("auto", 10**9) == [False] * 4
+    assert len(worth) == 2
+    assert compiles("on", 0) == [True] * 4
+
+
+def test_batches_are_cut_for_the_caches_where_no_amx_multiplies(
+    model: nn.Module, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adversarial = []
+    for amx, rows in ((False, 64), (True, 100)):
+        monkeypatch.setattr(attacker, "has_amx", lambda amx=amx: amx)
+        attack = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=100)
+        assert len(attack._batch) == rows
+        adversarial.append(attack(images, labels))
+    torch.testing.assert_close(*adversarial)
 
 
 def test_without_a_compiler_the_attack_runs_with_one_warning(
