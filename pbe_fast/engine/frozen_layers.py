@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.engine import onednn
+from pbe_fast.engine.side_by_side import Geometry
 from pbe_fast.kernels.affine_relu import affine_relu, affine_relu_and
 from pbe_fast.kernels.conv3x3 import conv3x3, conv3x3_and, is_fast, pack
 from pbe_fast.kernels.conv_grad import Filters, conv2d, conv2d_pair
@@ -86,7 +87,7 @@ class PostOpConv2d(nn.Conv2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         self.relu = self.passes_on = False
-        geometry = onednn.Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         self._filters = onednn.Filters(self.weight, geometry)
 
     def refresh(self) -> None:

@@ -7,34 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pbe_fast.engine.side_by_side import Geometry, Row, conv_gradients, has_large_filters, row_of
 from pbe_fast.kernels.affine_relu import relu_backward
 from pbe_fast.kernels.backends import applied
-
-# Filters of more bytes than this leave the second cache before the next image comes.
-_LARGE_FILTERS = 1 << 20
-# Images of no more pixels than this are too few for their filters: 16 pixels are one tile of AMX.
-_FEW_PIXELS = 64
-# More images side by side are no faster.
-_SIDE_BY_SIDE = 16
-
-
-class Geometry(NamedTuple):
-    """Of a convolution of images: each of the first three is (vertical, horizontal)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def keeps_size(self, kernel: Sequence[int]) -> bool:
-        """Whether outputs are as many as inputs but for the stride."""
-        return all(d * (k - 1) == 2 * p for d, k, p in zip(self.dilation, kernel, self.padding, strict=True))
 
 
 class Filters:
@@ -94,14 +75,9 @@ class Filters:
         assert self.gradient is not None
         return self._in_order(grad, self.gradient, turned=True)
 
-    def side_by_side(self, images: Tensor) -> int:
-        """How many images to put side by side on one wider, so that large filters are read once for all of them."""
-        weight = self._weight
-        if not self.geometry.keeps_size(self.kernel) or weight.numel() * 2 < _LARGE_FILTERS:
-            return 1
-        if images.shape[2] * images.shape[3] > _FEW_PIXELS:
-            return 1
-        return max(min(_SIDE_BY_SIDE, images.shape[0] // torch.get_num_threads()), 1)
+    def row_of(self, shape: Sequence[int]) -> Row | None:
+        """How images of such a shape are to lie side by side, so that large filters are read once for many of them."""
+        return row_of(shape, self.geometry, self.kernel) if has_large_filters(self._weight) else None
 
     def _in_order(self, images: Tensor, geometry: Geometry, *, turned: bool) -> Tensor:
         key = (turned, images.shape)
@@ -220,46 +196,34 @@ class _ConvolutionAnd(torch.autograd.Function):
 
 
 def _conv(x: Tensor, filters: Filters, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    together = filters.side_by_side(x)
-    if together == 1:
+    row = filters.row_of(x.shape)
+    if row is None:
         return _pointwise(x, filters.for_output(x), filters.geometry, bias, residual, relu)
-    step, side = filters.geometry.stride[1], filters.geometry.padding[1]
-    batch, width = x.shape[0], x.shape[3]
-    # Zeros between two images are the padding of both; every image begins where an output does.
-    period = -(-(width + side) // step) * step
-    wide = _beside(x, together, period)
-    if residual is not None:
-        residual = _beside(residual, together, period // step)
-    out = _pointwise(wide, filters.for_output(wide), filters.geometry, bias, residual, relu)
-    return _apart(out, batch, together, -(-width // step))
+    wide = row.lay(x)
+    residual = None if residual is None else row.lay_outputs(residual)
+    return row.take_outputs(_pointwise(wide, filters.for_output(wide), filters.geometry, bias, residual, relu))
 
 
 def _gradient(grad: Tensor, filters: Filters, shape: torch.Size, beside: Tensor | None = None) -> Tensor:
     """Of the images, of such a shape, that a convolution reads; plus ``beside``."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    batch, _, _, width = shape
-    together = filters.side_by_side(grad)
-    step, side = filters.geometry.stride[1], filters.geometry.padding[1]
-    period = -(-(width + side) // step)
-    if together > 1:
-        grad = _beside(grad, together, period)
+    row = filters.row_of(shape)
+    if row is not None:
+        grad = row.lay_outputs(grad)
     geometry = filters.gradient
     if geometry is not None:
         if beside is not None:
-            beside = beside.contiguous(memory_format=torch.channels_last)
-            beside = beside if together == 1 else _beside(beside, together, period)
+            beside = beside.contiguous(memory_format=torch.channels_last) if row is None else row.lay(beside)
         out = _pointwise(grad, filters.for_gradient(grad), geometry, None, beside, False)
-        return out if together == 1 else _apart(out, batch, together, width)
-    if together > 1:
-        shape = torch.Size((grad.shape[0], *shape[1:3], together * period * step))
-    stride, padding, dilation, groups = filters.geometry
+        return out if row is None else row.take(out)
+    if row is not None:
+        shape = torch.Size((row.wide[0], *shape[1:3], row.wide[1]))
     # Only the shape of the images is looked at.
     images = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
-    back = torch.ops.aten.convolution_backward
-    wanted = [True, False, False]
-    out = back(grad, images, filters.plain, None, stride, padding, dilation, False, [0, 0], groups, wanted)[0]
-    out = out if together == 1 else _apart(out, batch, together, width)
-    return out if beside is None else out.add_(beside)
+    (grad_x, *_) = conv_gradients(grad, images, filters.plain, filters.geometry, [True, False, False])
+    assert grad_x is not None
+    grad_x = grad_x if row is None else row.take(grad_x)
+    return grad_x if beside is None else grad_x.add_(beside)
 
 
 def _pointwise(
@@ -275,27 +239,3 @@ def _pointwise(
         after_sum = "relu" if relu else None
         out = op.binary(x, residual, packed, short, padding, stride, dilation, groups, "add", None, after_sum, [], "")
     return out
-
-
-def _beside(images: Tensor, together: int, period: int) -> Tensor:
-    """(B, C, H, W) as (ceil(B / together), C, H, together * period), with zeros after each image."""
-    batch, channels, height, width = images.shape
-    rows = -(-batch // together)
-    wide = images.new_zeros(rows, height, together, period, channels)
-    # (row, place, H, W, C)
-    places = wide.transpose(1, 2)[:, :, :, :width]
-    source = images.permute(0, 2, 3, 1)
-    full = batch // together
-    if full:
-        places[:full] = source[: full * together].unflatten(0, (full, together))
-    if full < rows:
-        places[full, : batch - full * together] = source[full * together :]
-    return wide.flatten(2, 3).permute(0, 3, 1, 2)
-
-
-def _apart(wide: Tensor, batch: int, together: int, width: int) -> Tensor:
-    """What `_beside` did, undone."""
-    rows, channels, height, total = wide.shape
-    places = wide.permute(0, 2, 3, 1).view(rows, height, together, total // together, channels).transpose(1, 2)
-    images = places[:, :, :, :width].reshape(rows * together, height, width, channels)
-    return images[:batch].permute(0, 3, 1, 2)

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.engine.copies import deep_copy
+from pbe_fast.engine.frozen_layers import can_have_post_ops
+from pbe_fast.engine.onednn import has_amx
 from pbe_fast.engine.rewriting import Rewriting
+from pbe_fast.engine.side_by_side import Geometry, conv2d, row_of
 from pbe_fast.engine.tracing import is_untouched, trace
 from pbe_fast.kernels.batch_norm import batch_norm, is_fast
 
@@ -52,6 +55,38 @@ class NormInTraining(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, self.momentum)
         # The statistics kept are of the population: unbiased.
         self.running_var.mul_(1 - self.momentum).add_(variance, alpha=self.momentum * count / (count - 1))
+
+
+class ConvInTraining(nn.Conv2d):
+    """A convolution whose small images lie side by side, where AMX multiplies.
+
+    Args:
+        conv: A plain one, with zeros around its images; weight and bias are its own.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self._geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In bfloat16 where autocast would have it so, in float32 elsewhere."""
+        in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        row = row_of(input.shape, self._geometry, self.kernel_size) if in_bfloat16 and input.dim() == 4 else None
+        if row is None:
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        return conv2d(input.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias, self._geometry, row)
 
 
 def training_form(model: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
@@ -116,6 +151,9 @@ def _form(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule 
         found = True
     if not found:
         return None
+    for node in rewriting.every("call_module") if has_amx() else ():
+        if rewriting.is_plain(node, nn.Conv2d) and can_have_post_ops(rewriting.module(node)):
+            rewriting.put(str(node.target), ConvInTraining(rewriting.module(node)))
     return fx.GraphModule(_named(model, rewriting), rewriting.graph)
 
 

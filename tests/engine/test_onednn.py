@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pbe_fast.engine import onednn
 from pbe_fast.engine.frozen_layers import PostOpConv2d, can_have_post_ops
-from pbe_fast.engine.onednn import Filters, Geometry, conv2d, conv2d_and
+from pbe_fast.engine.onednn import Filters, conv2d, conv2d_and
+from pbe_fast.engine.side_by_side import Geometry
 
 pytestmark = pytest.mark.skipif(not onednn.is_usable(), reason="no bfloat16 in oneDNN, or another oneDNN")
 # Of one rounding to bfloat16, and sums in another order.
@@ -108,19 +109,19 @@ def test_images_side_by_side(
 ) -> None:
     geometry = Geometry((stride, stride), (padding, padding), (1, 1), 1)
     weight = torch.zeros(*channels[::-1], kernel, kernel)
-    together = Filters(weight, geometry).side_by_side(torch.zeros(batch, channels[0], *sizes))
-    assert together == max(min(16, batch // torch.get_num_threads()), 1)
+    row = Filters(weight, geometry).row_of((batch, channels[0], *sizes))
+    assert (1 if row is None else row.together) == max(min(16, batch // torch.get_num_threads()), 1)
     compare(batch, sizes, channels, kernel, geometry)
 
 
 def test_small_filters_and_large_images_are_taken_as_they_are() -> None:
     same = Geometry((1, 1), (1, 1), (1, 1), 1)
-    images = torch.zeros(64, 256, 4, 4)
-    assert Filters(torch.zeros(256, 256, 3, 3), same).side_by_side(images) > 1
-    assert Filters(torch.zeros(64, 256, 3, 3), same).side_by_side(images) == 1
-    assert Filters(torch.zeros(256, 256, 3, 3), same).side_by_side(torch.zeros(64, 256, 9, 8)) == 1
+    images = (64, 256, 4, 4)
+    assert Filters(torch.zeros(256, 256, 3, 3), same).row_of(images) is not None
+    assert Filters(torch.zeros(64, 256, 3, 3), same).row_of(images) is None
+    assert Filters(torch.zeros(256, 256, 3, 3), same).row_of((64, 256, 9, 8)) is None
     shrinking = Geometry((1, 1), (0, 0), (1, 1), 1)
-    assert Filters(torch.zeros(256, 256, 3, 3), shrinking).side_by_side(images) == 1
+    assert Filters(torch.zeros(256, 256, 3, 3), shrinking).row_of(images) is None
 
 
 @pytest.mark.parametrize(("channels", "stride"), [(16, 1), (256, 1), (256, 2)])

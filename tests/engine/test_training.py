@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pbe_fast.config import FineTuneConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.engine.training import NormInTraining, training_form
+from pbe_fast.engine import training
+from pbe_fast.engine.training import ConvInTraining, NormInTraining, training_form
 from pbe_fast.finetune import FineTuner
 from pbe_fast.kernels.batch_norm import is_fast
 from pbe_fast.models import build_model
@@ -236,3 +237,21 @@ def test_the_fine_tuner_trains_the_model_by_it() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for (name, one), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_small_images_lie_side_by_side_where_amx_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+    images = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(1))
+    for amx in (False, True):
+        monkeypatch.setattr(training, "has_amx", lambda amx=amx: amx)
+        model = made("preact_resnet18")
+        form = training_form(model, SHAPE)
+        assert sum(isinstance(module, ConvInTraining) for module in form.modules()) == (20 if amx else 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            logits = form(images.contiguous(memory_format=torch.channels_last))
+        logits.float().square().mean().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*reversed(grads), strict=True):
+        assert ours is not None and theirs is not None and ours.dtype == torch.float32
+        # Sums in another order, of products of the same bfloat16 numbers.
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm()) + 1e-6
