@@ -57,12 +57,12 @@ void bind_batch_norm(nb::module_ module) {
     op::forward(job, at<void>(y), at<float>(mean), at<float>(variance), threads);
   });
   module.def("backward", [](Address x, Address weight, Address bias, int type, std::int64_t pixels,
-                            std::int64_t channels, double eps, bool relu, Address grad, Address mean, Address variance,
-                            Address grad_x, Address grad_weight, Address grad_bias, int threads) {
+                            std::int64_t channels, double eps, bool relu, Address grad, Address beside, Address mean,
+                            Address variance, Address grad_x, Address grad_weight, Address grad_bias, int threads) {
     const op::Job job = batch_norm_job(x, weight, bias, type, pixels, channels, eps, relu);
     const nb::gil_scoped_release nogil;
-    op::backward(job, at<const void>(grad), at<const float>(mean), at<const float>(variance), at<void>(grad_x),
-                 at<float>(grad_weight), at<float>(grad_bias), threads);
+    op::backward(job, at<const void>(grad), at<const void>(beside), at<const float>(mean), at<const float>(variance),
+                 at<void>(grad_x), at<float>(grad_weight), at<float>(grad_bias), threads);
   });
 }
 

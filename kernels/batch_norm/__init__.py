@@ -16,8 +16,8 @@ Three = tuple[Tensor, Tensor, Tensor]
 _OPTIONS = "Tensor? weight, Tensor? bias"
 backends.LIB.define(f"batch_norm(Tensor x, {_OPTIONS}, float eps, bool relu) -> (Tensor, Tensor, Tensor)")
 backends.LIB.define(
-    f"batch_norm_backward(Tensor grad, Tensor x, {_OPTIONS}, Tensor mean, Tensor variance, float eps, bool relu) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"batch_norm_backward(Tensor grad, Tensor? beside, Tensor x, {_OPTIONS}, Tensor mean, Tensor variance, "
+    "float eps, bool relu) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -35,8 +35,8 @@ class Version(NamedTuple):
     """One version of the two operations, for checked tensors."""
 
     forward: Callable[[Norm], Three]
-    # Of a gradient, and the mean and variance of the forward pass.
-    backward: Callable[[Tensor, Norm, Tensor, Tensor], Three]
+    # Of a gradient and the one beside it, and the mean and variance of the forward pass.
+    backward: Callable[[Tensor, Tensor | None, Norm, Tensor, Tensor], Three]
 
 
 def batch_norm(
@@ -74,6 +74,20 @@ def batch_norm(
     return _forward(_REFERENCE if backend == "reference" else _NATIVE)(x, weight, bias, eps, relu)
 
 
+def batch_norm_and(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`batch_norm`, and ``x`` itself for its one other reader, whose gradient is added in the same pass.
+
+    Raises:
+        ValueError, TypeError: As `batch_norm`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        y, mean, variance, same = backends.applied(_GradientAnd, x, weight, bias, eps, relu)
+        return y, mean, variance, same
+    return *batch_norm(x, weight, bias, eps=eps, relu=relu), x
+
+
 def is_fast() -> bool:
     """Whether the native version runs here: it was built, and the processor has AVX512-BF16."""
     return backends.missing("batch_norm", "native") is None
@@ -103,12 +117,14 @@ def _native_forward(norm: Norm) -> Three:
     return out
 
 
-def _native_backward(grad: Tensor, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
+def _native_backward(grad: Tensor, beside: Tensor | None, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
     grad_x, grad_weight, grad_bias = out = _nothing(norm)
     norm, grad, mean, variance = _laid_out(norm), backends.channels_last(grad), mean.contiguous(), variance.contiguous()
+    beside = None if beside is None else backends.channels_last(beside)
     backends.native_op("batch_norm").backward(
         *_job(norm),
         grad.data_ptr(),
+        backends.address(beside),
         mean.data_ptr(),
         variance.data_ptr(),
         grad_x.data_ptr(),
@@ -150,9 +166,11 @@ def _reference_forward(norm: Norm) -> Three:
     return y.contiguous(memory_format=torch.channels_last), mean, variance
 
 
-def _reference_backward(grad: Tensor, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
+def _reference_backward(grad: Tensor, beside: Tensor | None, norm: Norm, mean: Tensor, variance: Tensor) -> Three:
     x, weight, bias, eps, relu = norm
-    grad_x, grad_weight, grad_bias = reference.batch_norm_backward(grad, x, weight, bias, mean, variance, eps, relu)
+    grad_x, grad_weight, grad_bias = reference.batch_norm_backward(
+        grad, beside, x, weight, bias, mean, variance, eps, relu
+    )
     return grad_x.contiguous(memory_format=torch.channels_last), grad_weight, grad_bias
 
 
@@ -166,20 +184,23 @@ def _forward(version: Version) -> Callable[..., Three]:
 
 
 def _backward(version: Version) -> Callable[..., Three]:
-    def call(grad: Tensor, *arguments: Any) -> Three:
+    def call(grad: Tensor, beside: Tensor | None, *arguments: Any) -> Three:
         x, weight, bias, mean, variance, eps, relu = arguments
         _check(x, weight=weight, bias=bias, mean=mean, variance=variance)
-        if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
-            got = f"{grad.dtype} {tuple(grad.shape)} on {grad.device}"
-            raise ValueError(f"grad; got {got}; accepted: as x, {x.dtype} {tuple(x.shape)} on {x.device}")
-        return version.backward(grad, Norm(x, weight, bias, eps, relu), mean, variance)
+        for name, other in (("grad", grad), ("beside", beside)):
+            if other is None:
+                continue
+            if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+                got = f"{other.dtype} {tuple(other.shape)} on {other.device}"
+                raise ValueError(f"{name}; got {got}; accepted: as x, {x.dtype} {tuple(x.shape)} on {x.device}")
+        return version.backward(grad, beside, Norm(x, weight, bias, eps, relu), mean, variance)
 
     return call
 
 
 _REFERENCE = Version(_reference_forward, _reference_backward)
 _NATIVE = Version(_native_forward, _native_backward)
-_NOTHING = Version(_nothing, lambda grad, norm, *_: _nothing(norm))
+_NOTHING = Version(_nothing, lambda grad, beside, norm, *_: _nothing(norm))
 _cpu = _NATIVE if is_fast() else _REFERENCE
 
 for _name, _form in (("batch_norm", _forward), ("batch_norm_backward", _backward)):
@@ -206,7 +227,25 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, variance = ctx.saved_tensors
         backward = torch.ops.pbe_fast.batch_norm_backward.default
-        grads = backward(grad, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
+        grads = backward(grad, None, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+
+class _GradientAnd(torch.autograd.Function):
+    """Those of `batch_norm_and`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *_Gradient.forward(ctx, x, weight, bias, eps, relu), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, variance = ctx.saved_tensors
+        backward = torch.ops.pbe_fast.batch_norm_backward.default
+        grads = backward(grad, others[-1], x, weight, bias, mean, variance, ctx.eps, ctx.relu)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 

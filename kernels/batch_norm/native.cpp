@@ -84,6 +84,8 @@ PBE_AVX512 void block_statistics(const Job& job, std::int64_t index, float* mean
 // The gradient of y, and the constants per channel that say where the ReLU let y through.
 struct Gradient {
   const void* of_y;
+  // Of the other reader of x, or null.
+  const void* beside;
   const float *mean, *scale, *shift;
 };
 
@@ -123,8 +125,8 @@ PBE_AVX512 void block_sums(const Job& job, const Gradient& gradient, std::int64_
   }
 }
 
-// scale (g - offset - slope (x - mean))
-template <DType Type, bool Relu>
+// scale (g - offset - slope (x - mean)) + beside
+template <DType Type, bool Relu, bool Beside>
 PBE_AVX512 void block_gradient(const Job& job, const Gradient& gradient, std::int64_t index, const float* offset,
                                const float* slope, void* out) {
   for (std::int64_t channel = 0; channel < job.channels; channel += kLanes) {
@@ -134,11 +136,13 @@ PBE_AVX512 void block_gradient(const Job& job, const Gradient& gradient, std::in
     const __m512 slopes = _mm512_mul_ps(channels.scale, load<DType::f32>(slope + channel, lanes));
     const Block x = Block::of<Type>(job.x, index, channel, job);
     const Block grad = Block::of<Type>(gradient.of_y, index, channel, job);
+    const Block beside = Block::of<Type>(Beside ? gradient.beside : gradient.of_y, index, channel, job);
     char* to = static_cast<char*>(advance(out, index * block_pixels(job) * job.channels + channel, Type));
     for (std::int64_t pixel = 0; pixel < x.pixels; ++pixel, to += x.stride) {
       const __m512 value = load<Type>(x.at(pixel), lanes);
       const __m512 g = let_through<Relu>(load<Type>(grad.at(pixel), lanes), value, channels);
-      const __m512 rest = _mm512_fmadd_ps(slopes, _mm512_sub_ps(value, channels.mean), offsets);
+      __m512 rest = _mm512_fmadd_ps(slopes, _mm512_sub_ps(value, channels.mean), offsets);
+      if constexpr (Beside) rest = _mm512_sub_ps(rest, load<Type>(beside.at(pixel), lanes));
       store<Type, true>(to, _mm512_fmsub_ps(channels.scale, g, rest), lanes);
     }
   }
@@ -237,7 +241,9 @@ void backward(const Job& job, const Gradient& gradient, const float* variance, v
     slope[c] = static_cast<float>(product[c] * inverse * inverse / pixels);
   }
   over_blocks(job, threads, [&](std::int64_t block) {
-    block_gradient<Type, Relu>(job, gradient, block, offset.data(), slope.data(), grad_x);
+    const auto version =
+        gradient.beside == nullptr ? block_gradient<Type, Relu, false> : block_gradient<Type, Relu, true>;
+    version(job, gradient, block, offset.data(), slope.data(), grad_x);
   });
 }
 
@@ -257,11 +263,11 @@ void forward(const Job& job, void* y, float* mean, float* variance, int threads)
   affine_relu::run(images, job.x, affine.scale.data(), affine.shift.data(), y, threads);
 }
 
-void backward(const Job& job, const void* grad, const float* mean, const float* variance, void* grad_x,
-              float* grad_weight, float* grad_bias, int threads) {
+void backward(const Job& job, const void* grad, const void* beside, const float* mean, const float* variance,
+              void* grad_x, float* grad_weight, float* grad_bias, int threads) {
   if (job.channels == 0 || job.pixels == 0) return;
   const Affine affine(job, mean, variance);
-  const Gradient gradient{grad, mean, affine.scale.data(), affine.shift.data()};
+  const Gradient gradient{grad, beside, mean, affine.scale.data(), affine.shift.data()};
   const auto run = [&](const auto& version) {
     version(job, gradient, variance, grad_x, grad_weight, grad_bias, threads);
   };
@@ -276,7 +282,7 @@ void backward(const Job& job, const void* grad, const float* mean, const float* 
 
 bool is_supported() { return false; }
 void forward(const Job&, void*, float*, float*, int) {}
-void backward(const Job&, const void*, const float*, const float*, void*, float*, float*, int) {}
+void backward(const Job&, const void*, const void*, const float*, const float*, void*, float*, float*, int) {}
 
 #endif
 

@@ -24,8 +24,9 @@ bool is_supported();
 // y = relu(weight (x - mean) / sqrt(variance + eps) + bias), with the mean and the biased variance of every channel.
 void forward(const Job& job, void* y, float* mean, float* variance, int threads);
 
-// The gradients of x, weight and bias from that of y, the forward pass's statistics in hand.
-void backward(const Job& job, const void* grad, const float* mean, const float* variance, void* grad_x,
-              float* grad_weight, float* grad_bias, int threads);
+// The gradients of x, weight and bias from that of y, the forward pass's statistics in hand. To that of x `beside` is
+// added, where it is not null.
+void backward(const Job& job, const void* grad, const void* beside, const float* mean, const float* variance,
+              void* grad_x, float* grad_weight, float* grad_bias, int threads);
 
 }  // namespace pbe::batch_norm

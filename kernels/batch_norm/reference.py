@@ -19,6 +19,7 @@ def batch_norm(
 
 def batch_norm_backward(
     grad: Tensor,
+    beside: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -27,7 +28,10 @@ def batch_norm_backward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, in its dtype, and of weight and bias, in float32, also where these are not given."""
+    """The gradients of x, in its dtype, and of weight and bias, in float32, also where these are not given.
+
+    To that of x ``beside`` is added, if there is one, before it is rounded.
+    """
     scale, shift = _affine(weight, bias, mean, variance, eps)
     wide, g = x.float(), grad.float()
     if relu:
@@ -39,7 +43,8 @@ def batch_norm_backward(
     grad_weight = (g * away).sum((0, 2, 3)) * inverse
     pixels = x.numel() // x.shape[1]
     rest = _planes(grad_bias / pixels) + _planes(grad_weight * inverse / pixels) * away
-    return (_planes(scale) * (g - rest)).to(x.dtype), grad_weight, grad_bias
+    grad_x = _planes(scale) * (g - rest)
+    return (grad_x if beside is None else grad_x + beside.float()).to(x.dtype), grad_weight, grad_bias
 
 
 def _affine(

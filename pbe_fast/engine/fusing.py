@@ -145,24 +145,9 @@ class _Rewriting(Rewriting):
 
     def _pass_on(self, node: fx.Node) -> None:
         """Images that go into a block's first layer and around the block: their two gradients become one there."""
-        images = node.args[0]
-        if not isinstance(images, fx.Node) or len(images.users) != 2 or len(node.args) > 1:
-            return
-        (other,) = set(images.users) - {node}
-        after = self.every()
-        # A sum in place would change the images for the first layer, too.
-        takes_it = (self._is_conv(other) and other.args[1:] == (images,)) or (
-            self.is_add(other) and (other.target not in IN_PLACE_SUMS or other.args[0] is not images)
-        )
-        if not takes_it or after.index(other) < after.index(node):
-            return
-        self.module(node).passes_on = True
-        with self.graph.inserting_before(node):
-            both = self.graph.call_module(str(node.target), (images,))
-            first = self.graph.call_function(operator.getitem, (both, 0))
-            same = self.graph.call_function(operator.getitem, (both, 1))
-        other.replace_input_with(images, same)
-        self.replace(node, first)
+        other = self.other_reader(node)
+        if other is not None and (self.is_add(other) or (self._is_conv(other) and other.args[1:] == node.args)):
+            self.pass_on(node, other)
 
     def _is_conv(self, node: fx.Node) -> bool:
         return self.is_plain(node, WinogradConv2d) or self.is_plain(node, PostOpConv2d)

@@ -80,3 +80,26 @@ class Rewriting:
             node.op == "call_method" and node.target in ("add", "add_")
         )
         return known and not node.kwargs and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+    def other_reader(self, node: fx.Node) -> fx.Node | None:
+        """The one other that reads what a module reads alone, where that comes later and changes nothing in place."""
+        images = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(images, fx.Node) or len(images.users) != 2:
+            return None
+        (other,) = set(images.users) - {node}
+        order = self.every()
+        if order.index(other) < order.index(node) or (other.target in IN_PLACE_SUMS and other.args[0] is images):
+            return None
+        return other
+
+    def pass_on(self, node: fx.Node, other: fx.Node) -> None:
+        """From now on a module returns what it reads, too, for the other: see ``passes_on`` of those that can."""
+        self.module(node).passes_on = True
+        images = node.args[0]
+        assert isinstance(images, fx.Node)
+        with self.graph.inserting_before(node):
+            both = self.graph.call_module(str(node.target), (images,))
+            first = self.graph.call_function(operator.getitem, (both, 0))
+            same = self.graph.call_function(operator.getitem, (both, 1))
+        other.replace_input_with(images, same)
+        self.replace(node, first)

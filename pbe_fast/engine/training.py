@@ -17,7 +17,7 @@ from pbe_fast.engine.onednn import has_amx
 from pbe_fast.engine.rewriting import Rewriting
 from pbe_fast.engine.side_by_side import Geometry, conv2d, row_of
 from pbe_fast.engine.tracing import is_untouched, trace
-from pbe_fast.kernels.batch_norm import batch_norm, is_fast
+from pbe_fast.kernels.batch_norm import batch_norm, batch_norm_and, is_fast
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # What autocast computes in the short format.
@@ -30,6 +30,9 @@ class NormInTraining(nn.BatchNorm2d):
     Args:
         norm: Weight, bias and statistics are its own, and follow the batches as its own call would have them.
         relu: Whether there is a ReLU after it.
+
+    Attributes:
+        passes_on: Whether `forward` also returns its input, for the one other reader: both gradients become one.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, *, relu: bool) -> None:
@@ -38,14 +41,19 @@ class NormInTraining(nn.BatchNorm2d):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.relu = relu
+        self.passes_on = False
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """In the dtype of the input."""
         if input.dtype not in _DTYPES or input.dim() != 4:
-            return F.relu(super().forward(input)) if self.relu else super().forward(input)
-        y, mean, variance = batch_norm(input, self.weight, self.bias, eps=self.eps, relu=self.relu)
+            y = F.relu(super().forward(input)) if self.relu else super().forward(input)
+            return (y, input) if self.passes_on else y
+        if self.passes_on:
+            y, mean, variance, same = batch_norm_and(input, self.weight, self.bias, eps=self.eps, relu=self.relu)
+        else:
+            y, mean, variance = batch_norm(input, self.weight, self.bias, eps=self.eps, relu=self.relu)
         self._follow(mean, variance, input.numel() // input.shape[1])
-        return y
+        return (y, same) if self.passes_on else y
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -151,6 +159,10 @@ def _form(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule 
         found = True
     if not found:
         return None
+    for node in rewriting.every("call_module"):
+        other = rewriting.other_reader(node) if rewriting.is_plain(node, NormInTraining) else None
+        if other is not None and rewriting.is_add(other):
+            rewriting.pass_on(node, other)
     for node in rewriting.every("call_module") if has_amx() else ():
         if rewriting.is_plain(node, nn.Conv2d) and can_have_post_ops(rewriting.module(node)):
             rewriting.put(str(node.target), ConvInTraining(rewriting.module(node)))

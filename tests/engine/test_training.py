@@ -239,6 +239,13 @@ def test_the_fine_tuner_trains_the_model_by_it() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(("name", "passing"), [("preact_resnet18", 5), ("resnet18", 0), ("odd", 1)])
+def test_both_gradients_of_a_residual_block_are_one(name: str, passing: int) -> None:
+    form = training_form(made(name), SHAPE)
+    norms = [module for module in form.modules() if isinstance(module, NormInTraining)]
+    assert sum(norm.passes_on for norm in norms) == passing
+
+
 def test_small_images_lie_side_by_side_where_amx_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     images = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.kernels import backends
-from pbe_fast.kernels.batch_norm import batch_norm
+from pbe_fast.kernels.batch_norm import batch_norm, batch_norm_and
 from pbe_fast.kernels.tolerances import tolerance
 
 needs_native = pytest.mark.skipif(
@@ -162,3 +162,34 @@ def test_refuses(change: dict[str, Tensor], kind: type[Exception], match: str) -
         batch_norm(**arguments)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no Triton version"):
         batch_norm(torch.zeros(2, 4, 3, 3), backend="triton")
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_is_passed_on_brings_its_gradient(relu: bool, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    a = case(shape, dtype, 3)
+    x, weight, bias = (a[name].requires_grad_() for name in ("x", "weight", "bias"))
+    y, mean, variance, same = batch_norm_and(x, weight, bias, eps=1e-5, relu=relu)
+    assert torch.equal(same, x) and not mean.requires_grad and not variance.requires_grad
+    beside = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    got = torch.autograd.grad((y, same), (x, weight, bias), (a["grad"], beside))
+    alone = torch.autograd.grad(batch_norm(x, weight, bias, relu=relu)[0], (x, weight, bias), a["grad"])
+    # Rounded once in place of twice.
+    assert error(got[0], alone[0].double() + beside.double()) < (1e-5 if dtype == torch.float32 else 2.0**-7)
+    for ours, theirs in zip(got[1:], alone[1:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_nothing_is_passed_on_without_gradients() -> None:
+    x = torch.randn(2, 4, 3, 3)
+    y, _, _, same = batch_norm_and(x, None, None, eps=1e-5, relu=True)
+    assert same is x and torch.equal(y, batch_norm(x, relu=True)[0])
+
+
+def test_a_gradient_beside_of_another_shape() -> None:
+    x, channels = torch.randn(2, 4, 3, 3), torch.ones(4)
+    with pytest.raises(ValueError, match=r"beside; got torch.float32 \(2, 4, 3, 4\)"):
+        torch.ops.pbe_fast.batch_norm_backward(
+            x, torch.zeros(2, 4, 3, 4), x, None, None, channels, channels, 1e-5, True
+        )

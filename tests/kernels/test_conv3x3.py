@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.kernels import backends
-from pbe_fast.kernels.affine_relu import affine_relu, reference
-from pbe_fast.kernels.conv3x3 import conv3x3, pack
+from pbe_fast.kernels.affine_relu import affine_relu, affine_relu_and, reference, relu_backward
+from pbe_fast.kernels.conv3x3 import conv3x3, conv3x3_and, pack
 
 needs_native = pytest.mark.skipif(
     bool(backends.missing("conv3x3", "native")), reason=str(backends.missing("conv3x3", "native"))
@@ -186,6 +186,41 @@ def test_affine_relu(backend: str, shape: tuple[int, ...]) -> None:
     (grad,) = torch.autograd.grad(affine_relu(x.requires_grad_(), scale, shift), x, y)
     expected = (y.double() * scale.double().view(-1, 1, 1)).where(y > 0, 0.0)
     torch.testing.assert_close(grad.double(), expected, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 17, 3, 5), (2, 3, 1, 1), (0, 4, 2, 2)])
+def test_what_affine_relu_passes_on_brings_its_gradient(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, grad, beside = torch.randn(3, *shape, generator=g).bfloat16()
+    scale, shift = torch.randn(2, shape[1], generator=g)
+    y, same = affine_relu_and(x.requires_grad_(), scale, shift)
+    assert torch.equal(same, x) and torch.equal(y, affine_relu(x, scale, shift))
+    (got,) = torch.autograd.grad((y, same), x, (grad, beside))
+    exact = (grad.double() * scale.double().view(-1, 1, 1)).where(y > 0, 0.0) + beside.double()
+    torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_a_convolution_passes_on_brings_its_gradient(relu: bool) -> None:
+    a = case((2, 16, 32, 6, 6))
+    x, packed = a["x"].requires_grad_(), pack(a["weight"])
+    out, same = conv3x3_and(x, packed, a["bias"], relu=relu)
+    assert torch.equal(same, x) and torch.equal(out, conv3x3(x, packed, a["bias"], relu=relu))
+    grad, beside = (torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).bfloat16() for t in (out, x))
+    (got,) = torch.autograd.grad((out, same), x, (grad, beside))
+    (alone,) = torch.autograd.grad(conv3x3(x, packed, a["bias"], relu=relu), x, grad)
+    assert error(got, alone.double() + beside.double()) < 2.0**-7
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 33, 3, 5), (0, 4, 2, 2)])
+def test_the_gradient_of_a_relu(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    grad, y, beside = torch.randn(3, *shape, generator=g).bfloat16()
+    masked = grad.where(y > 0, 0.0)
+    assert torch.equal(relu_backward(grad, y), masked)
+    assert torch.equal(relu_backward(grad, y, beside), (masked.float() + beside.float()).bfloat16())
+    with pytest.raises(ValueError, match="beside; got"):
+        relu_backward(grad, y, torch.zeros(1, 2, 3, 4).bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ TEST(batch_norm_stays_inside_its_buffers) {
     for (const std::int64_t channels : {0, 1, 16, 33, 700}) {
       for (const std::int64_t pixels : {0, 2, 255, 257, 1030}) {
         const std::int64_t n = pixels * channels;
-        const Elements x(type, n, 1), grad(type, n, 2), y(type, n, 3), grad_x(type, n, 4);
+        const Elements x(type, n, 1), grad(type, n, 2), y(type, n, 3), grad_x(type, n, 4), beside(type, n, 7);
         const auto weight = uniform(channels, 0.5f, 1.0f, 5), bias = uniform(channels, -1.0f, 1.0f, 6);
         const auto mean = buffer<float>(channels), variance = buffer<float>(channels);
         const auto grad_weight = buffer<float>(channels), grad_bias = buffer<float>(channels);
-        for (int variant = 0; variant < 4; ++variant) {
+        for (int variant = 0; variant < 8; ++variant) {
           const op::Job job{type,
                             pixels,
                             channels,
@@ -50,8 +50,8 @@ TEST(batch_norm_stays_inside_its_buffers) {
                             1e-5,
                             (variant & 2) != 0};
           op::forward(job, y.data.get(), mean.get(), variance.get(), 3);
-          op::backward(job, grad.data.get(), mean.get(), variance.get(), grad_x.data.get(), grad_weight.get(),
-                       grad_bias.get(), 3);
+          op::backward(job, grad.data.get(), variant & 4 ? beside.data.get() : nullptr, mean.get(), variance.get(),
+                       grad_x.data.get(), grad_weight.get(), grad_bias.get(), 3);
           CHECK(y.all_finite() && grad_x.all_finite());
         }
       }
