@@ -17,7 +17,6 @@ from pbe_fast.attack_batch import AttackBatch, per_image
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
 from pbe_fast.engine.folding import FrozenCopy
-from pbe_fast.engine.onednn import has_amx
 from pbe_fast.engine.replay import Recorder, Replay
 from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
@@ -25,8 +24,8 @@ from pbe_fast.models.normalized import Normalized
 from pbe_fast.pgd import input_gradient, random_start, random_windows
 from pbe_fast.smoothness import smooth_step_, spread_matrices
 
-# Images at a time on a CPU without AMX: activations of more do not stay in its caches from one layer to the next. Where
-# AMX multiplies, what each call costs weighs more.
+# Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next. On AMX all at
+# once: its convolutions are done sooner, and what each call costs weighs more.
 _CPU_ROWS = 64
 
 
@@ -78,7 +77,7 @@ class PGD:
         self._recorder = recorder or Recorder(device)
         # A graph and compiled code have one batch size.
         self._fixed = device.type == "cuda"
-        rows = batch_size if self._fixed or has_amx() else min(batch_size, _CPU_ROWS)
+        rows = batch_size if self._fixed or self._copy.has_post_ops else min(batch_size, _CPU_ROWS)
         input_dtype = dtype if self._mean is not None else None
         self._batch: AttackBatch = (
             beside._batch if beside else AttackBatch.empty(rows, self.image_shape, device, input_dtype)

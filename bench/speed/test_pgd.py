@@ -33,7 +33,7 @@ STRONG = " strengthened"
 # Images at a time, turns, and the least ratio to torchattacks as shipped: where bfloat16 is fast, with AMX, which needs
 # more images to be busy (an update of step 1b attacks 128), and on a GPU.
 CPU = {"preact-16": (64, 4, 2.8), "preact-64": (16, 3, 2.3), "resnet18": (4, 3, 1.0)}
-AMX = {"preact-16": (128, 4, 2.8), "preact-64": (48, 3, 2.3), "resnet18": (8, 3, 1.0)}
+AMX = {"preact-16": (128, 4, 2.8), "preact-64": (64, 3, 2.3), "resnet18": (8, 3, 1.0)}
 GPU = {"preact-16": (2048, 5, 5.0), "preact-64": (1024, 5, 5.0), "resnet18": (128, 3, 5.0)}
 COMPILED = {("preact-16", "cpu"), ("preact-64", "cpu"), ("preact-64", "cuda"), ("resnet18", "cuda")}
 # The least share of the bfloat16 peak.

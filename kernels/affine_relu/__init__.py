@@ -60,22 +60,21 @@ def affine_relu_and(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
     return affine_relu(x, scale, shift), x
 
 
-def relu_backward(grad: Tensor, y: Tensor, beside: Tensor | None = None) -> Tensor:
-    """``grad`` where ``y`` is above zero, plus ``beside``.
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """``grad`` where ``y`` is above zero.
 
     Args:
         grad: bfloat16 (B, C, H, W), any layout.
         y: As ``grad``: what a ReLU returned.
-        beside: As ``grad``, or None.
 
     Returns:
-        bfloat16 (B, C, H, W), channels_last, rounded once.
+        bfloat16 (B, C, H, W), channels_last.
 
     Raises:
         ValueError: Shapes or devices that do not fit together.
         TypeError: A dtype that is not accepted.
     """
-    out: Tensor = torch.ops.pbe_fast.affine_relu_backward.default(grad, y, None, beside)
+    out: Tensor = torch.ops.pbe_fast.affine_relu_backward.default(grad, y, None, None)
     return out
 
 

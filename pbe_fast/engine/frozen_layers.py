@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pbe_fast.engine import onednn
 from pbe_fast.engine.side_by_side import Geometry
+from pbe_fast.kernels import backends
 from pbe_fast.kernels.affine_relu import affine_relu, affine_relu_and
 from pbe_fast.kernels.conv3x3 import conv3x3, conv3x3_and, is_fast, pack
 from pbe_fast.kernels.conv_grad import Filters, conv2d, conv2d_pair
@@ -89,23 +90,26 @@ class PostOpConv2d(nn.Conv2d):
         self.relu = self.passes_on = False
         geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         self._filters = onednn.Filters(self.weight, geometry)
+        self._finite = self._is_finite()
 
     def refresh(self) -> None:
         """Takes the current weight."""
         self._filters.forget()
+        self._finite = self._is_finite()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """In bfloat16 where autocast would have it so, in float32 elsewhere; ``residual`` is added to the result."""
         if not self.passes_on:
             return self._computed(input, residual)
-        if not _is_bfloat16(input):
+        if not _is_bfloat16(input) or not self._finite:
             return self._computed(input), input
         images = input.contiguous(memory_format=torch.channels_last)
         return onednn.conv2d_and(images, self._filters, self.bias, relu=self.relu)
 
     def _computed(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        # The compiler cannot look into oneDNN's filters, and fuses by itself.
-        if not _in_bfloat16(input) or torch.compiler.is_compiling():
+        # The compiler cannot look into oneDNN's filters, and fuses by itself. What is not a number oneDNN's ReLU makes
+        # zero: a model that has diverged would have finite logits.
+        if not _in_bfloat16(input) or not self._finite or torch.compiler.is_compiling():
             out = super().forward(input)
             return _finished(out, residual, relu=self.relu)
         images = input.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -117,6 +121,10 @@ class PostOpConv2d(nn.Conv2d):
             residual = residual.contiguous(memory_format=torch.channels_last)
             return onednn.conv2d(images, self._filters, self.bias, residual=residual, relu=self.relu)
         return _finished(onednn.conv2d(images, self._filters, self.bias), residual, relu=self.relu)
+
+    def _is_finite(self) -> bool:
+        values = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return all(bool(value.isfinite().all()) for value in values)
 
     def _shape_for(self, images: Tensor) -> tuple[int, ...]:
         stride, padding, dilation, _ = self._filters.geometry
@@ -268,13 +276,21 @@ def has_fast_convolutions(device: torch.device) -> bool:
 
 
 def has_post_ops(device: torch.device) -> bool:
-    """Whether oneDNN's convolutions, with what follows them, are the faster ones for bfloat16 on a device."""
-    return device.type == "cpu" and onednn.has_amx() and onednn.is_usable()
+    """Whether oneDNN's convolutions, with what follows them, are the faster ones for bfloat16 on a device.
+
+    Without the native build the frozen normalisations beside them would take longer than they save.
+    """
+    own = backends.missing("affine_relu", "native") is None
+    return device.type == "cpu" and own and onednn.has_amx() and onednn.is_usable()
 
 
 def can_have_post_ops(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a convolution is of the kind that oneDNN computes with what follows it."""
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    # Where outputs lie in the padding, dilated ones read outside of the images on AMX.
+    axes = zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
+    return all(d == 1 or 2 * int(p) <= d * (k - 1) for k, p, d in axes)
 
 
 def can_be_winograd(conv: nn.Module) -> bool:

@@ -29,7 +29,7 @@ class Filters:
     """
 
     # Shapes for which they are kept: the batches of an attack and of a ranking, and the last, smaller ones.
-    _KEPT = 4
+    _KEPT = 2
 
     def __init__(self, weight: Tensor, geometry: Geometry) -> None:
         self._weight, self.geometry = weight, geometry
@@ -141,10 +141,10 @@ def is_usable() -> bool:
 def _is_right() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        values = torch.randn(shape, dtype=torch.float32, generator=generator).to(torch.bfloat16)
+        values = torch.randn(shape, dtype=torch.float32, generator=generator, device="cpu").to(torch.bfloat16)
         return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
     x, weight, bias, residual = draw(2, 32, 8, 8), draw(16, 32, 3, 3), draw(16), draw(2, 16, 8, 8)
@@ -219,7 +219,7 @@ def _gradient(grad: Tensor, filters: Filters, shape: torch.Size, beside: Tensor 
     if row is not None:
         shape = torch.Size((row.wide[0], *shape[1:3], row.wide[1]))
     # Only the shape of the images is looked at.
-    images = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+    images = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     (grad_x, *_) = conv_gradients(grad, images, filters.plain, filters.geometry, [True, False, False])
     assert grad_x is not None
     grad_x = grad_x if row is None else row.take(grad_x)

@@ -82,9 +82,13 @@ class Row:
 def row_of(shape: Sequence[int], geometry: Geometry, kernel: Sequence[int]) -> Row | None:
     """How to lay images of (B, C, H, W) for a convolution; None where that helps nothing."""
     batch, _, height, width = shape
-    together = min(_MOST, batch // torch.get_num_threads())
-    if together < 2 or height * width > _FEW_PIXELS or not geometry.keeps_size(kernel):
+    threads = torch.get_num_threads()
+    # oneDNN's gradients of wide images in groups are wrong (dilated, one channel each).
+    if batch < 2 * threads or geometry.groups > 1 or height * width > _FEW_PIXELS or not geometry.keeps_size(kernel):
         return None
+    # As many wide images for each thread as for the others.
+    rows = threads * -(-batch // (_MOST * threads))
+    together = -(-batch // rows)
     step, side = geometry.stride[1], geometry.padding[1]
     return Row(batch, together, width, -(-(width + side) // step) * step, step)
 
@@ -160,6 +164,15 @@ def _laid(images: Tensor, together: int, period: int) -> Tensor:
 
 def _taken(wide: Tensor, batch: int, together: int, width: int) -> Tensor:
     rows, channels, height, total = wide.shape
-    places = wide.permute(0, 2, 3, 1).view(rows, height, together, total // together, channels).transpose(1, 2)
-    images = places[:, :, :, :width].reshape(rows * together, height, width, channels)
-    return images[:batch].permute(0, 3, 1, 2)
+    # (row, place, H, W, C)
+    places = wide.permute(0, 2, 3, 1).unflatten(2, (together, total // together)).transpose(1, 2)[:, :, :, :width]
+    # No view of other memory: a model may change it in place.
+    images = torch.empty(
+        (batch, channels, height, width), dtype=wide.dtype, device=wide.device, memory_format=torch.channels_last
+    )
+    target, full = images.permute(0, 2, 3, 1), batch // together
+    if full:
+        target[: full * together].unflatten(0, (full, together)).copy_(places[:full])
+    if full < rows:
+        target[full * together :] = places[full, : batch - full * together]
+    return images

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +15,12 @@ SAME = Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
+def _two_threads() -> Iterator[None]:
     """Of one thread all images lie on one wide one."""
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @settings(max_examples=100, deadline=None)
@@ -25,7 +30,6 @@ def _two_threads() -> None:
     kernels=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
     strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     dilation=st.integers(1, 2),
-    groups=st.sampled_from([1, 2]),
 )
 def test_images_come_back_and_outputs_are_those_of_each_alone(
     batch: int,
@@ -33,27 +37,27 @@ def test_images_come_back_and_outputs_are_those_of_each_alone(
     kernels: tuple[int, int],
     strides: tuple[int, int],
     dilation: int,
-    groups: int,
 ) -> None:
     padding = (dilation * (kernels[0] - 1) // 2, dilation * (kernels[1] - 1) // 2)
-    geometry = Geometry(strides, padding, (dilation, dilation), groups)
+    geometry = Geometry(strides, padding, (dilation, dilation), 1)
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, 4, *sizes, generator=generator).double()
-    weight = torch.randn(6, 4 // groups, *kernels, generator=generator).double()
+    weight = torch.randn(6, 4, *kernels, generator=generator).double()
     row = row_of(x.shape, geometry, kernels)
     assert row is not None
     wide = row.lay(x)
     assert (wide.shape[0], wide.shape[3]) == row.wide
-    assert torch.equal(row.take(wide), x)
+    again = row.take(wide)
+    assert torch.equal(again, x) and again.is_contiguous(memory_format=torch.channels_last) and not again._is_view()
     exact = F.conv2d(x, weight, None, *geometry)
     torch.testing.assert_close(row.take_outputs(F.conv2d(wide, weight, None, *geometry)), exact)
     assert torch.equal(row.take_outputs(row.lay_outputs(exact)), exact)
 
 
 @pytest.mark.parametrize("channels", [16, 256])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_all_gradients(channels: int, stride: int) -> None:
-    geometry = Geometry((stride, stride), (1, 1), (1, 1), 1)
+@pytest.mark.parametrize(("stride", "dilation"), [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 2), (2, 1))])
+def test_all_gradients(channels: int, stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    geometry = Geometry(stride, dilation, dilation, 1)
     generator = torch.Generator().manual_seed(0)
     sizes = (37, channels, 6, 5), (channels, channels, 3, 3), (channels,)
     inputs = [(torch.randn(s, generator=generator) / 8).bfloat16().requires_grad_() for s in sizes]
@@ -87,3 +91,11 @@ def test_where_it_helps_nothing() -> None:
     assert row_of((64, 16, 8, 9), SAME, (3, 3)) is None
     assert row_of((3, 16, 8, 8), SAME, (3, 3)) is None
     assert row_of((64, 16, 8, 8), Geometry((1, 1), (0, 0), (1, 1), 1), (3, 3)) is None
+    assert row_of((64, 16, 8, 8), Geometry((1, 1), (2, 2), (2, 2), 16), (3, 3)) is None
+
+
+@pytest.mark.parametrize(("batch", "together"), [(4, 2), (5, 3), (32, 16), (33, 9), (48, 12), (64, 16), (128, 16)])
+def test_threads_share_the_wide_images_evenly(batch: int, together: int) -> None:
+    row = row_of((batch, 16, 4, 4), SAME, (3, 3))
+    assert row is not None and row.together == together
+    assert row.wide[0] % 2 == 0

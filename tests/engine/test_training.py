@@ -248,6 +248,7 @@ def test_both_gradients_of_a_residual_block_are_one(name: str, passing: int) -> 
 
 def test_small_images_lie_side_by_side_where_amx_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     images = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(1))
     for amx in (False, True):
         monkeypatch.setattr(training, "has_amx", lambda amx=amx: amx)
@@ -262,3 +263,26 @@ def test_small_images_lie_side_by_side_where_amx_multiplies(monkeypatch: pytest.
         assert ours is not None and theirs is not None and ours.dtype == torch.float32
         # Sums in another order, of products of the same bfloat16 numbers.
         assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm()) + 1e-6
+
+
+class InPlace(nn.Module):
+    """Changes what a convolution of large filters returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.deep = nn.Conv2d(3, 256, 3, 2, 1), nn.BatchNorm2d(256), nn.Conv2d(256, 256, 3, 1, 1)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.deep(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+def test_outputs_of_images_side_by_side_may_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "has_amx", lambda: True)
+    torch.manual_seed(0)
+    model = InPlace().to(memory_format=torch.channels_last).train()
+    form = training_form(model, SHAPE)
+    assert any(isinstance(module, ConvInTraining) for module in form.modules())
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        form(torch.rand(64, *SHAPE)).float().square().mean().backward()
+    assert model.deep.weight.grad is not None and model.deep.weight.grad.isfinite().all()

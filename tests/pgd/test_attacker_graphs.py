@@ -70,8 +70,8 @@ def test_batches_are_cut_for_the_caches_where_no_amx_multiplies(
     model: nn.Module, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adversarial = []
-    for amx, rows in ((False, 64), (True, 100)):
-        monkeypatch.setattr(attacker, "has_amx", lambda amx=amx: amx)
+    for post_ops, rows in ((False, 64), (True, 100)):
+        monkeypatch.setattr(attacker.FrozenCopy, "has_post_ops", property(lambda self, has=post_ops: has))
         attack = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=100)
         assert len(attack._batch) == rows
         adversarial.append(attack(images, labels))
