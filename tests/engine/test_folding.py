@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pbe_fast.engine.folding import FrozenCopy, foldable_pairs
 from pbe_fast.engine.forward import eval_mode
-from pbe_fast.engine.frozen_layers import BesideConv2d, FastGradConv2d, WinogradConv2d
+from pbe_fast.engine.frozen_layers import BesideConv2d, FastGradConv2d, PostOpConv2d, WinogradConv2d
 from pbe_fast.models import Normalized, PreActResNet18, SmallCNN
 from pbe_fast.torchvision_compat import import_torchvision
 
@@ -210,7 +210,7 @@ def test_products_are_held_in_their_dtype_and_the_rest_in_float32() -> None:
     for name, module in shadow.named_modules():
         for parameter in module.parameters(recurse=False):
             # Our own convolutions have their filters beside the weights, which stay as they are.
-            own = (WinogradConv2d, FastGradConv2d, BesideConv2d)
+            own = (WinogradConv2d, FastGradConv2d, BesideConv2d, PostOpConv2d)
             is_product = isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, own)
             wanted = torch.bfloat16 if is_product else torch.float32
             assert parameter.dtype == wanted, name
