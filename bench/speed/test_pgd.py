@@ -2,9 +2,8 @@
 
 "ours" is `pbe_fast.attacker.PGD` as it is by default, its `refresh` included; "ours, compiled" the same with
 ``compile="on"``, which is what the strengthened peers, compiled as well, are measured against (but with AMX, where the
-engine does not compile). All run the same steps
-from the same images, without a random start, so that their values can be compared first. Where
-COMPILED leaves a case out nobody is compiled, except at the full scale: there is no time for it.
+engine does not compile). All run the same steps from the same images, without a random start, so that their values can
+be compared first. Where COMPILED leaves a case out nobody is compiled, except at the full scale: there is no time.
 """
 
 from __future__ import annotations

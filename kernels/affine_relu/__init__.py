@@ -139,13 +139,9 @@ def _forward(version: Version) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _backward(version: Version) -> _Gradients:
     def call(grad: Tensor, y: Tensor, scale: Tensor | None, beside: Tensor | None) -> Tensor:
         _check(grad, **({} if scale is None else {"scale": scale}))
-        for name, other in (("y", y), ("beside", beside)):
-            if other is None:
-                continue
-            if other.shape != grad.shape or other.dtype != grad.dtype or other.device != grad.device:
-                got = f"{other.dtype} {tuple(other.shape)} on {other.device}"
-                accepted = f"as grad, {grad.dtype} {tuple(grad.shape)} on {grad.device}"
-                raise ValueError(f"{name}; got {got}; accepted: {accepted}")
+        backends.require_bf16("y", y, grad.shape, grad.device)
+        if beside is not None:
+            backends.require_bf16("beside", beside, grad.shape, grad.device)
         return version.backward(grad, y, scale, beside)
 
     return call
@@ -171,32 +167,24 @@ class _Gradient(torch.autograd.Function):
     """The gradient of `affine_relu`; see that of conv3x3."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
         output = backends.below_autograd(_op, x, scale, shift)
         ctx.save_for_backward(output, scale)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, beside: Tensor | None = None) -> tuple[Tensor, None, None]:
         output, scale = ctx.saved_tensors
-        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale, None), None, None
+        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale, beside), None, None
 
 
-class _GradientAnd(torch.autograd.Function):
+class _GradientAnd(_Gradient):
     """That of `affine_relu_and`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        output = backends.below_autograd(_op, x, scale, shift)
-        ctx.save_for_backward(output, scale)
-        return output, x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, beside: Tensor) -> tuple[Tensor, None, None]:
-        output, scale = ctx.saved_tensors
-        return torch.ops.pbe_fast.affine_relu_backward.default(grad, output, scale, beside), None, None
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return _Gradient.forward(ctx, x, scale, shift), x
 
 
 def _with_gradient(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

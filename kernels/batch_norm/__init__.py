@@ -214,7 +214,7 @@ class _Gradient(torch.autograd.Function):
     """The gradients of `batch_norm`; see those of conv3x3."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, variance = _op(x, weight, bias, eps, relu)
         ctx.save_for_backward(x, weight, bias, mean, variance)
@@ -224,29 +224,21 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        # Of the mean, the variance, and what `batch_norm_and` passes on.
+        beside = others[2] if len(others) == 3 else None
         x, weight, bias, mean, variance = ctx.saved_tensors
         backward = torch.ops.pbe_fast.batch_norm_backward.default
-        grads = backward(grad, None, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
+        grads = backward(grad, beside, x, weight, bias, mean, variance, ctx.eps, ctx.relu)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-class _GradientAnd(torch.autograd.Function):
+class _GradientAnd(_Gradient):
     """Those of `batch_norm_and`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Any:
         return *_Gradient.forward(ctx, x, weight, bias, eps, relu), x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, variance = ctx.saved_tensors
-        backward = torch.ops.pbe_fast.batch_norm_backward.default
-        grads = backward(grad, others[-1], x, weight, bias, mean, variance, ctx.eps, ctx.relu)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
 def _with_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Three:

@@ -100,7 +100,9 @@ def conv3x3_and(x: Tensor, packed: Packed, bias: Tensor | None = None, *, relu: 
         ValueError, TypeError: As `conv3x3`.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        out, same = backends.applied(_GradientAnd, x, packed, bias, relu)
+        forward, backward, channels_out = packed
+        arguments = (x, None, forward, backward, bias, None, relu, channels_out)
+        out, same = backends.applied(_GradientAnd, *arguments)
         return out, same
     return conv3x3(x, packed, bias, relu=relu), x
 
@@ -139,7 +141,7 @@ class _Gradient(torch.autograd.Function):
     """The gradients of `conv3x3`; with `torch.library.register_autograd` they take as long as a small convolution."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Any:
         job = Conv(*arguments)
         output = backends.below_autograd(_op, *arguments)
         ctx.save_for_backward(job.packed, job.packed_transposed, output if job.relu else None)
@@ -149,7 +151,7 @@ class _Gradient(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, beside: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if ctx.has_mask:
             raise RuntimeError("gradient of conv3x3; got one with a mask, which is itself part of a gradient")
         packed, packed_transposed, output = ctx.saved_tensors
@@ -158,26 +160,16 @@ class _Gradient(torch.autograd.Function):
             grad, output = torch.ops.aten.threshold_backward(grad, output, 0), None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _op(grad, output, packed_transposed, packed, None, None, False, ctx.channels_in)
+            grad_x = _op(grad, output, packed_transposed, packed, None, beside, False, ctx.channels_in)
         return grad_x, None, None, None, None, grad if ctx.has_residual else None, None, None
 
 
-class _GradientAnd(torch.autograd.Function):
+class _GradientAnd(_Gradient):
     """Those of `conv3x3_and`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-        forward, backward, channels_out = packed
-        output = backends.below_autograd(_op, x, None, forward, backward, bias, None, relu, channels_out)
-        ctx.save_for_backward(forward, backward, output if relu else None)
-        ctx.channels_in = x.shape[1]
-        return output, x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, beside: Tensor) -> tuple[Tensor, None, None, None]:
-        forward, backward, output = ctx.saved_tensors
-        return _op(grad, output, backward, forward, None, beside, False, ctx.channels_in), None, None, None
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _Gradient.forward(ctx, *arguments), arguments[0]
 
 
 def _with_gradient(*arguments: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.engine import onednn
-from pbe_fast.engine.side_by_side import Geometry
+from pbe_fast.engine.side_by_side import SharingConv2d
 from pbe_fast.kernels import backends
 from pbe_fast.kernels.affine_relu import affine_relu, affine_relu_and
 from pbe_fast.kernels.conv3x3 import conv3x3, conv3x3_and, is_fast, pack
@@ -20,7 +20,7 @@ from pbe_fast.kernels.conv_grad import pack as pack_for_gradient
 _FEWEST_CHANNELS = 16
 
 
-class WinogradConv2d(nn.Conv2d):
+class WinogradConv2d(SharingConv2d):
     """A 3 x 3 convolution whose filters are transformed once, by `refresh`, and not at every call.
 
     Args:
@@ -32,8 +32,7 @@ class WinogradConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta")
-        self.weight, self.bias = conv.weight, conv.bias
+        super().__init__(conv)
         self.relu = self.passes_on = False
         self._packed = pack(self.weight)
 
@@ -52,7 +51,7 @@ class WinogradConv2d(nn.Conv2d):
         return conv3x3_and(input, self._packed, self.bias, relu=self.relu)
 
     def _computed(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not _in_bfloat16(input):
+        if not in_bfloat16(input):
             return _finished(super().forward(input), residual, relu=self.relu)
         if residual is None or self._can_add(input, residual):
             return conv3x3(input.to(torch.bfloat16), self._packed, self.bias, residual=residual, relu=self.relu)
@@ -63,7 +62,7 @@ class WinogradConv2d(nn.Conv2d):
         return residual.dtype == torch.bfloat16 and residual.shape == shape
 
 
-class PostOpConv2d(nn.Conv2d):
+class PostOpConv2d(SharingConv2d):
     """A convolution by oneDNN with what follows it.
 
     Args:
@@ -75,21 +74,9 @@ class PostOpConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
+        super().__init__(conv)
         self.relu = self.passes_on = False
-        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-        self._filters = onednn.Filters(self.weight, geometry)
+        self._filters = onednn.Filters(self.weight, self.geometry)
         self._finite = self._is_finite()
 
     def refresh(self) -> None:
@@ -109,7 +96,7 @@ class PostOpConv2d(nn.Conv2d):
     def _computed(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         # The compiler cannot look into oneDNN's filters, and fuses by itself. What is not a number oneDNN's ReLU makes
         # zero: a model that has diverged would have finite logits.
-        if not _in_bfloat16(input) or not self._finite or torch.compiler.is_compiling():
+        if not in_bfloat16(input) or not self._finite or torch.compiler.is_compiling():
             out = super().forward(input)
             return _finished(out, residual, relu=self.relu)
         images = input.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -127,13 +114,13 @@ class PostOpConv2d(nn.Conv2d):
         return all(bool(value.isfinite().all()) for value in values)
 
     def _shape_for(self, images: Tensor) -> tuple[int, ...]:
-        stride, padding, dilation, _ = self._filters.geometry
+        stride, padding, dilation, _ = self.geometry
         axes = zip(images.shape[2:], self.kernel_size, stride, padding, dilation, strict=True)
         sides = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
         return (images.shape[0], self.out_channels, *sides)
 
 
-class FastGradConv2d(nn.Conv2d):
+class FastGradConv2d(SharingConv2d):
     """A convolution whose input's gradient is `pbe_fast.kernels.conv_grad`, with its filters put in order by `refresh`.
 
     Args:
@@ -144,16 +131,7 @@ class FastGradConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            _both(conv.kernel_size),
-            _both(conv.stride),
-            _both(conv.padding),
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
+        super().__init__(conv)
         self.relu = False
         # In a tuple it is no submodule: it has a name of its own.
         self._beside: tuple[BesideConv2d, ...] = ()
@@ -172,7 +150,7 @@ class FastGradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Any:
         """In bfloat16 where autocast would have it so, in float32 elsewhere."""
-        if not _in_bfloat16(input):
+        if not in_bfloat16(input):
             out = super().forward(input)
             out = F.relu(out) if self.relu else out
             return (out, self._beside[0].alone(input)) if self._beside else out
@@ -187,17 +165,12 @@ class FastGradConv2d(nn.Conv2d):
         return pack_for_gradient(self.weight, stride=stride, padding=padding, beside=beside)
 
 
-class BesideConv2d(nn.Conv2d):
+class BesideConv2d(SharingConv2d):
     """A 1 x 1 convolution of the same images as a `FastGradConv2d`, which computes both.
 
     Args:
         conv: One that `can_be_beside`; weight and bias are its own, in float32.
     """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        bias = conv.bias is not None
-        super().__init__(conv.in_channels, conv.out_channels, 1, _both(conv.stride), bias=bias, device="meta")
-        self.weight, self.bias = conv.weight, conv.bias
 
     def alone(self, input: Tensor) -> Tensor:
         """Its output for images."""
@@ -258,9 +231,10 @@ def _finished(out: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
     return F.relu(out) if relu else out
 
 
-def _in_bfloat16(input: Tensor) -> bool:
+def in_bfloat16(input: Tensor) -> bool:
     """Whether a batch of images is, or autocast would make it so."""
-    return input.dim() == 4 and (input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return input.dim() == 4 and (input.dtype == torch.bfloat16 or autocast)
 
 
 def _is_bfloat16(input: Tensor) -> bool:

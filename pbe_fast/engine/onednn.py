@@ -119,7 +119,7 @@ def conv2d(
 def conv2d_and(x: Tensor, filters: Filters, bias: Tensor | None = None, *, relu: bool = False) -> tuple[Tensor, Tensor]:
     """`conv2d`, and ``x`` itself for its one other reader, whose gradient is added by oneDNN where it can be."""
     if torch.is_grad_enabled() and x.requires_grad:
-        out, same = applied(_ConvolutionAnd, x, filters, bias, relu)
+        out, same = applied(_ConvolutionAnd, x, filters, bias, None, relu)
         return out, same
     return _conv(x, filters, bias, None, relu), x
 
@@ -160,39 +160,27 @@ def _is_right() -> bool:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, filters: Filters, bias: Tensor | None, residual: Tensor | None, relu: bool
-    ) -> Tensor:
-        out = _conv(x, filters, bias, residual, relu)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        x, filters, _, residual, relu = arguments
+        out = _conv(*arguments)
         ctx.save_for_backward(out if relu else None)
         ctx.filters, ctx.shape, ctx.has_residual = filters, x.shape, residual is not None
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, beside: Tensor | None = None) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         if out is not None:
             grad = relu_backward(grad, out)
-        grad_x = _gradient(grad, ctx.filters, ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_x = _gradient(grad, ctx.filters, ctx.shape, beside) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad if ctx.has_residual else None, None
 
 
-class _ConvolutionAnd(torch.autograd.Function):
+class _ConvolutionAnd(_Convolution):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, filters: Filters, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-        out = _conv(x, filters, bias, None, relu)
-        ctx.save_for_backward(out if relu else None)
-        ctx.filters, ctx.shape = filters, x.shape
-        return out, x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, beside: Tensor) -> tuple[Tensor, None, None, None]:
-        (out,) = ctx.saved_tensors
-        if out is not None:
-            grad = relu_backward(grad, out)
-        return _gradient(grad, ctx.filters, ctx.shape, beside), None, None, None
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _Convolution.forward(ctx, *arguments), arguments[0]
 
 
 def _conv(x: Tensor, filters: Filters, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
@@ -204,7 +192,7 @@ def _conv(x: Tensor, filters: Filters, bias: Tensor | None, residual: Tensor | N
     return row.take_outputs(_pointwise(wide, filters.for_output(wide), filters.geometry, bias, residual, relu))
 
 
-def _gradient(grad: Tensor, filters: Filters, shape: torch.Size, beside: Tensor | None = None) -> Tensor:
+def _gradient(grad: Tensor, filters: Filters, shape: torch.Size, beside: Tensor | None) -> Tensor:
     """Of the images, of such a shape, that a convolution reads; plus ``beside``."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     row = filters.row_of(shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe_fast.kernels.backends import applied
@@ -36,6 +36,33 @@ class Geometry(NamedTuple):
     def keeps_size(self, kernel: Sequence[int]) -> bool:
         """Whether outputs are as many as inputs but for the stride."""
         return all(d * (k - 1) == 2 * p for d, k, p in zip(self.dilation, kernel, self.padding, strict=True))
+
+
+class SharingConv2d(nn.Conv2d):
+    """The same convolution as another, on its own parameters: what others compute in another way derives from it.
+
+    Args:
+        conv: Weight and bias are its own.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of one whose padding is given in pixels."""
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

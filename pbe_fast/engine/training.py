@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbe_fast.engine.copies import deep_copy
-from pbe_fast.engine.frozen_layers import can_have_post_ops
+from pbe_fast.engine.frozen_layers import can_have_post_ops, in_bfloat16
 from pbe_fast.engine.onednn import has_amx
 from pbe_fast.engine.rewriting import Rewriting
-from pbe_fast.engine.side_by_side import Geometry, conv2d, row_of
+from pbe_fast.engine.side_by_side import SharingConv2d, conv2d, row_of
 from pbe_fast.engine.tracing import is_untouched, trace
 from pbe_fast.kernels.batch_norm import batch_norm, batch_norm_and, is_fast
 
@@ -65,36 +65,20 @@ class NormInTraining(nn.BatchNorm2d):
         self.running_var.mul_(1 - self.momentum).add_(variance, alpha=self.momentum * count / (count - 1))
 
 
-class ConvInTraining(nn.Conv2d):
+class ConvInTraining(SharingConv2d):
     """A convolution whose small images lie side by side, where AMX multiplies.
 
     Args:
         conv: A plain one, with zeros around its images; weight and bias are its own.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
-        self._geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-
     def forward(self, input: Tensor) -> Tensor:
         """In bfloat16 where autocast would have it so, in float32 elsewhere."""
-        in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        row = row_of(input.shape, self._geometry, self.kernel_size) if in_bfloat16 and input.dim() == 4 else None
+        row = row_of(input.shape, self.geometry, self.kernel_size) if in_bfloat16(input) else None
         if row is None:
             return super().forward(input)
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return conv2d(input.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias, self._geometry, row)
+        return conv2d(input.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias, self.geometry, row)
 
 
 def training_form(model: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:

@@ -190,13 +190,16 @@ def test_other_readers_keep_their_gradients() -> None:
     assert distance(gradient(fused, images), gradient(model, images)) < 0.05
 
 
-def test_nothing_is_passed_on_where_no_gradient_is_asked_for() -> None:
+def test_without_gradients_the_images_themselves_are_passed_on() -> None:
     torch.manual_seed(0)
-    model = trained(MODELS["resnet18"]())
-    copied = FrozenCopy(model, dtype=torch.bfloat16, image_shape=SHAPE)
+    copied = FrozenCopy(trained(MODELS["resnet18"]()), dtype=torch.bfloat16, image_shape=SHAPE)
     images = torch.rand(2, *SHAPE)
+    conv = next(module for module in copied.modules() if getattr(module, "passes_on", False))
+    features = torch.rand(2, conv.in_channels, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         logits = copied(images)
+        out, same = conv(features)
+    assert same is features and not out.requires_grad
     assert torch.equal(logits, copied(images.requires_grad_()).detach())
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,18 +15,12 @@ from pbe_fast.engine.frozen_layers import PostOpConv2d, can_have_post_ops
 from pbe_fast.engine.onednn import Filters, conv2d, conv2d_and
 from pbe_fast.engine.side_by_side import Geometry
 
-pytestmark = pytest.mark.skipif(not onednn.is_usable(), reason="no bfloat16 in oneDNN, or another oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not onednn.is_usable(), reason="no bfloat16 in oneDNN, or another oneDNN"),
+    pytest.mark.usefixtures("two_threads"),
+]
 # Of one rounding to bfloat16, and sums in another order.
 TOLERANCE = 2.0**-8
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """How many images lie side by side depends on the threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,16 +9,8 @@ from torch.nn import functional as F
 
 from pbe_fast.engine.side_by_side import Geometry, conv2d, has_large_filters, row_of
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 SAME = Geometry((1, 1), (1, 1), (1, 1), 1)
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Of one thread all images lie on one wide one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @settings(max_examples=100, deadline=None)
