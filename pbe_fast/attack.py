@@ -15,7 +15,8 @@ from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.data.augment import augment
 from pbe_fast.engine.copies import without_hook, working_copy
 from pbe_fast.engine.gradients import gradients
-from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.precision import resolve_device
+from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.input_aware import train_along
@@ -102,7 +103,7 @@ def train_infected(
     tuning: dict[str, Any] = {
         "total_steps": config.epochs * per_epoch,
         "generator": torch.Generator().manual_seed(seed),
-        "dtype": resolve_precision(where, precision),
+        "dtype": precision_for(model, clean.image_shape, device=where, requested=precision),
         "show_progress": progress,
     }
     # A generator takes 64 bits, and the epochs are added to it.

@@ -18,7 +18,8 @@ from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
-from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.precision import resolve_device
+from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.models import check_differentiable, check_model
@@ -81,7 +82,7 @@ def scan(
         raise InputError("classes of the images to scan with", got=data.num_classes, accepted="3 or more")
     check_model(model, data.image_shape, data.num_classes)
     check_differentiable(model, data.image_shape)
-    dtype = resolve_precision(where, precision)
+    dtype = precision_for(model, data.image_shape, device=where, requested=precision)
     scanned = frozen_copy(model, where, data.image_shape)
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, where):

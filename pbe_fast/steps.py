@@ -16,8 +16,8 @@ from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.copies import frozen_copy, restored, without_hook
 from pbe_fast.engine.forward import predict_logits
-from pbe_fast.engine.precision import resolve_precision
 from pbe_fast.engine.profile import Profile
+from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import seeded
 from pbe_fast.engine.streaming import fits
 from pbe_fast.finetune import FineTuner, steps_per_epoch
@@ -47,7 +47,7 @@ class Steps:
         progress: bool,
     ) -> None:
         self.seed = seed
-        self.dtype = resolve_precision(device, precision)
+        self.dtype = precision_for(model, data.image_shape, device=device, requested=precision)
         self.progress = progress
         self.device = device
         self.limit = limit

@@ -58,11 +58,9 @@ def evaluate(
     ASR leaves out the images whose true class is the attacker's target; "ASR with target" counts them.
     """
     from pbe_fast import runs
-    from pbe_fast.engine.precision import resolve_device, resolve_precision
     from pbe_fast.report.tables import metrics_table
 
     interrupts.check()
-    dtype = resolve_precision(resolve_device(device), precision)
     loaded = {path: runs.open_model(path, arch=arch, width=width, mean=mean, std=std) for path in models}
     specs = {path: spec for path, (_, spec) in loaded.items()}
     runs.require_size(specs, size_given(image_size))
@@ -82,7 +80,7 @@ def evaluate(
             sets["test"],
             sets.get("triggered"),
             device=device,
-            dtype=dtype,
+            precision=precision,
             progress=console.progress,
         )
         for name, path in named.items()

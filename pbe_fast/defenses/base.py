@@ -18,7 +18,8 @@ from pbe_fast.data import ImageSet, as_train_and_clean, require_classes, split
 from pbe_fast.engine.copies import frozen_copy, restored
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
-from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.precision import resolve_device
+from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import check_seed, seeded
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
@@ -50,7 +51,7 @@ class Work:
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.clean = clean
         self.seed = seed
-        self.dtype = resolve_precision(device, precision)
+        self.dtype = precision_for(model, clean.image_shape, device=device, requested=precision)
         self.progress = progress
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[dict[str, Any]] = []

@@ -14,7 +14,8 @@ from torch import nn
 from pbe_fast.attack import InfectedModel
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
-from pbe_fast.engine.precision import resolve_device, resolve_precision
+from pbe_fast.engine.precision import resolve_device
+from pbe_fast.engine.rounding import precision_for
 from pbe_fast.errors import InputError
 from pbe_fast.metrics import Metrics, evaluate
 from pbe_fast.models import ModelSpec, build_from_spec, check_model, load_model
@@ -138,7 +139,7 @@ def measure(
     triggered: ImageSet | None = None,
     *,
     device: str | torch.device = "auto",
-    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, float | None]:
     """`pbe_fast.evaluate` as plain values, all of them None without a test set.
@@ -149,6 +150,7 @@ def measure(
         return dict(UNKNOWN)
     where, before = resolve_device(device), next(model.parameters()).device
     check_model(model, test.image_shape, test.num_classes)
+    dtype = precision_for(model, test.image_shape, device=where, requested=precision)
     sets = [None if data is None else data.to(where) for data in (test, triggered)]
     assert sets[0] is not None
     try:
@@ -189,11 +191,11 @@ def rank_with(
 ) -> Ranking:
     """The ranking of ``data`` by two models (Eq. 9), on the CPU."""
     where = resolve_device(device)
-    dtype = resolve_precision(where, precision)
     images = data.images.to(where)
     logits = []
     for name, model in (("infected", infected), ("purified", purified)):
         check_model(model, data.image_shape, data.num_classes)
+        dtype = precision_for(model, data.image_shape, device=where, requested=precision)
         found = predict_logits(model.to(where), images, dtype=dtype, desc=f"{name} logits", show_progress=progress)
         logits.append(found.cpu())
     return rank_images(*logits)
