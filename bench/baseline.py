@@ -195,18 +195,20 @@ def fine_tune(
     batches = endless(training_loader(data, tuning, chosen=chosen))
     for step in range(total):
         images, labels = (tensor.to(device) for tensor in next(batches))
+        # Of images that nobody vouches for the teacher is heeded where it is right.
+        heeded = None if chosen is None else labels
         model.train()
         if step < config.adversarial_steps:
             adversarial = attacks[step % len(attacks)](images, labels)
             if tuning.mix_clean:
                 on_adversarial, logits = model(torch.cat([adversarial, images])).chunk(2)
                 loss = (F.cross_entropy(on_adversarial, labels) + F.cross_entropy(logits, labels)) / 2
-                loss = loss + distillation(logits, images, teacher, tuning)
+                loss = loss + distillation(logits, images, heeded, teacher, tuning)
             else:
                 loss = F.cross_entropy(model(adversarial), labels)
         else:
             logits = model(images)
-            loss = F.cross_entropy(logits, labels) + distillation(logits, images, teacher, tuning)
+            loss = F.cross_entropy(logits, labels) + distillation(logits, images, heeded, teacher, tuning)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,15 +277,19 @@ def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
         yield from loader
 
 
-def distillation(logits: Tensor, images: Tensor, teacher: nn.Module | None, config: FineTuneConfig) -> Tensor:
-    """weight * T^2 * KL(teacher || model) at temperature T."""
+def distillation(
+    logits: Tensor, images: Tensor, labels: Tensor | None, teacher: nn.Module | None, config: FineTuneConfig
+) -> Tensor:
+    """weight * T^2 * KL(teacher || model) at temperature T; with labels, where the teacher answers with them."""
     if teacher is None or config.distill_weight == 0:
         return logits.new_zeros(())
     with torch.no_grad():
         taught = teacher(images)
     t = config.distill_temperature
-    kl = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(taught / t, 1), reduction="batchmean")
-    return config.distill_weight * t * t * kl
+    kl = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(taught / t, 1), reduction="none").sum(1)
+    if labels is not None:
+        kl = kl * (taught.argmax(1) == labels)
+    return config.distill_weight * t * t * kl.mean()
 
 
 def attack_counts_plainly(

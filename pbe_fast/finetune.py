@@ -103,15 +103,18 @@ class FineTuner:
         self._recorder = Recorder(self._device)
         self.restart(total_steps=total_steps, teacher=teacher)
 
-    def restart(self, *, total_steps: int, teacher: nn.Module | None = None) -> None:
+    def restart(self, *, total_steps: int, teacher: nn.Module | None = None, where_right: bool = False) -> None:
         """A new schedule from rest, as a new round has it; what was recorded for a GPU without a teacher stays in use.
 
         Args:
             total_steps: Updates that the schedule spans.
             teacher: As for the class.
+            where_right: Whether the teacher is heeded only on images that it answers with their label: a wrong answer
+                may be a trigger's.
         """
         self._total_steps = total_steps
         self._step = 0
+        self._where_right = where_right
         self._teacher = teacher if self._config.distill_weight > 0 else None
         # A teacher is of one round: its steps would only take memory in the others.
         self._recorded = {key: step for key, step in self._recorded.items() if key[2] is None}
@@ -252,7 +255,7 @@ class FineTuner:
 
     def _clean_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(images)
-        return F.cross_entropy(logits, labels) + self._distillation(logits, images)
+        return F.cross_entropy(logits, labels) + self._distillation(logits, images, labels)
 
     def _attacker_for(self, attack: Perturbation, data: ImageSet, steps: int) -> PGD | Waves:
         """Step 1a against the current weights; what it holds, and records for a GPU, lasts for all rounds."""
@@ -280,7 +283,7 @@ class FineTuner:
         both = torch.cat([adversarial, images]).contiguous(memory_format=torch.channels_last)
         on_adversarial, on_clean = self._logits(both).chunk(2)
         loss = (F.cross_entropy(on_adversarial, labels) + F.cross_entropy(on_clean, labels)) / 2
-        return loss + self._distillation(on_clean, images)
+        return loss + self._distillation(on_clean, images, labels)
 
     def _logits(self, images: Tensor) -> Tensor:
         assert self._form is not None
@@ -289,17 +292,20 @@ class FineTuner:
             logits: Tensor = self._form(images)
         return logits.float()
 
-    def _distillation(self, logits: Tensor, images: Tensor) -> Tensor | float:
-        """The term weight * T^2 * KL(teacher || model) at temperature T (Hinton et al., 2015)."""
+    def _distillation(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor | float:
+        """The term weight * T^2 * KL(teacher || model) at temperature T (Hinton et al., 2015), a mean over images."""
         if self._teacher is None:
             return 0.0
         with torch.no_grad():
             taught = self._teacher(images).float()
         t = self._config.distill_temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / t, 1), F.log_softmax(taught / t, 1), reduction="batchmean", log_target=True
+        by_class = F.kl_div(
+            F.log_softmax(logits / t, 1), F.log_softmax(taught / t, 1), reduction="none", log_target=True
         )
-        return self._config.distill_weight * t * t * divergence
+        divergence = by_class.sum(1)
+        if self._where_right:
+            divergence = divergence * (taught.argmax(1) == labels)
+        return self._config.distill_weight * t * t * divergence.mean()
 
     def _update(self, loss: Tensor, size: int) -> None:
         self._optimizer.zero_grad(set_to_none=True)

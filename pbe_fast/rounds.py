@@ -70,14 +70,15 @@ class Run(Steps):
                 steady = torch.zeros_like(fragile, dtype=torch.bool)
                 share, floor = 1 - self.config.fragile_share, self.config.label_floor
                 steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
-        # Without images of the target label nothing in D_ext^0 can teach the trigger: the infected model may teach
-        # what it knows of the labels left out.
+        # Without images of the target label no label in D_ext^0 can teach the trigger: the infected model may teach
+        # what it knows of the labels left out. Not so where it is wrong: of hard images that are many, and some bear
+        # the trigger with their own label (WaNet and input-aware train with such) and are answered with the target.
         chosen = initial_extra_set(
             infected_logits, train.labels, suspects, self.config, self.generator, fragility=fragile
         )
         teacher = self.infected if suspects.any() else None
         # Steps 1 and 2: theta^0 becomes theta^1; step 3
-        entry = self._purify_model(train, chosen, teacher=teacher, desc="round 0")
+        entry = self._purify_model(train, chosen, teacher=teacher, where_right=True, desc="round 0")
         ranking, agrees = self._rank(train, infected_logits)
         self._finish_round(0, entry | _found(ranking, train, suspects, chosen), ranking)
         fractions = self.config.fractions[1:]
@@ -170,7 +171,7 @@ class Run(Steps):
             self.model.load_state_dict(self.infected.state_dict())
             chosen = judging_extra_set(infected_logits, train.labels, left_out, fragile, self.config, self.generator)
             desc = f"without half of the labels, {half + 1} of 2"
-            self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
+            self._purify_model(train, chosen, teacher=self.infected, where_right=True, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
             distances = label_distances(ranking, train.labels, train.num_classes) * left_out
             forgotten |= changed_labels(distances) | label_ahead(distances)

@@ -96,17 +96,19 @@ class Steps:
         *,
         desc: str,
         teacher: nn.Module | None = None,
+        where_right: bool = False,
         counted_as: str = "",
     ) -> dict[str, Any]:
         """Steps 1 and 2 on the extra set: the images of ``data`` that are ``chosen``, or all.
 
         With a ``teacher`` only on images that are trusted, or hardly ever poisoned: what it says of a poisoned one is
-        the backdoor.
+        the backdoor. Of images that are not trusted it is heeded ``where_right``: a trigger may be on one with its own
+        label, too.
         """
         config = self.config
         size = len(data) if chosen is None else len(chosen)
         clean_steps = max(config.clean_steps, config.clean_epochs * steps_per_epoch(size, config.finetune.batch_size))
-        self.tuner.restart(total_steps=config.adversarial_steps + clean_steps, teacher=teacher)
+        self.tuner.restart(total_steps=config.adversarial_steps + clean_steps, teacher=teacher, where_right=where_right)
         streamed = self._streamed(data)
         self.round_seconds = {}
         # Steps 1a and 1b, batch by batch: adversarial images of the current model, and an update on them (Eq. 8)

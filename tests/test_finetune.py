@@ -216,6 +216,26 @@ def test_distillation_adds_the_divergence_from_the_teacher_on_clean_images(data:
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_teacher_heeded_where_it_is_right_says_nothing_of_other_images(data: ImageSet, adversarial: bool) -> None:
+    teacher = network(seed=1).eval().requires_grad_(False)
+    right = teacher(data.floats()).argmax(1) == data.labels
+    assert 0.1 < right.double().mean() < 0.9
+    attack = ATTACK if adversarial else None
+
+    def trained(among: Tensor, **how: bool) -> tuple[float, nn.Module]:
+        model = network()
+        one = tuner(model, plain(distill_weight=1.0), 3)
+        one.restart(total_steps=3, **how)
+        return one.run(data, among=among, steps=3, attack=attack), model
+
+    for among, same_as in ((~right, {}), (right, {"teacher": teacher})):
+        loss, model = trained(among.nonzero()[:, 0], teacher=teacher, where_right=True)
+        expected_loss, expected = trained(among.nonzero()[:, 0], **same_as)
+        assert loss == expected_loss
+        assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
 def test_distillation_keeps_the_model_near_its_teacher(data: ImageSet) -> None:
     teacher = network().eval().requires_grad_(False)
     moved = []
