@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from pbe_fast.attraction import LARGEST_WINDOW, attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.extra_set import first_of_each, initial_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.pgd import random_windows
 from pbe_fast.ranking import (
@@ -35,12 +35,13 @@ from pbe_fast.ranking import (
     label_distances,
     rank_images,
     rank_over_rounds,
+    surest_images,
 )
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.waves import add_waves
 
-# As pbe_fast.attraction has them.
-SAMPLE, HALVINGS, MOVED = 1000, 6, 0.25
+# As pbe_fast.attraction and pbe_fast.rounds have them.
+SAMPLE, HALVINGS, MOVED, SUREST = 1000, 6, 0.25, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +151,15 @@ def forgotten_labels_plainly(
 ) -> Tensor:
     """Labels that change far more than others where half of the labels is left out."""
     forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
+    surest = surest_images(logits, train.labels, SUREST)
     for half in range(2):
         left_out = torch.zeros_like(forgotten)
         left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
-        first_round_plainly(purified, infected, train, logits, left_out, config, generator, fragile, device)
+        chosen = judging_extra_set(logits, train.labels, left_out, fragile, config, generator)
+        fine_tune(purified, train, chosen, config, teacher=infected, device=device)
         ranking, _ = rank_plainly(infected, purified, train, device)
-        distances = label_distances(ranking, train.labels, train.num_classes) * left_out
+        distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)
     return forgotten
 

@@ -19,11 +19,14 @@ from pbe_fast.ranking import (
     label_distances,
     poisoned_share,
     rank_over_rounds,
+    surest_images,
 )
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
 from pbe_fast.steps import Steps
 
+# How many of a label's images judge whether it was forgotten: no more than are poisoned of a target's.
+_SUREST = 0.1
 # Before the name of a phase that is of no round.
 _LEFT_OUT = "labels left out: "
 
@@ -159,9 +162,11 @@ class Run(Steps):
 
         A trigger that no gradient leads to (SIG's wave) cannot be found in the model, but images of one label alone
         teach it. So each half of the labels is left out in turn: of benign labels little is forgotten then. Each half
-        is judged by itself, and of few labels nothing is said.
+        is judged by itself, and of few labels nothing is said. What counts is the images that the infected model is
+        surest of: of a benign label these are the last to be forgotten, of the target they bear the trigger.
         """
         forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
+        surest = surest_images(infected_logits, train.labels, _SUREST)
         present = train.labels.unique().cpu()
         if not self.config.leave_out or len(present) < 2 * FEWEST_LABELS:
             return forgotten
@@ -173,7 +178,7 @@ class Run(Steps):
             desc = f"without half of the labels, {half + 1} of 2"
             self._purify_model(train, chosen, teacher=self.infected, where_right=True, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
-            distances = label_distances(ranking, train.labels, train.num_classes) * left_out
+            distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
             forgotten |= changed_labels(distances) | label_ahead(distances)
         self.model.load_state_dict(self.infected.state_dict())
         return forgotten
