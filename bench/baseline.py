@@ -157,7 +157,7 @@ def forgotten_labels_plainly(
         left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
         chosen = judging_extra_set(logits, train.labels, left_out, fragile, config, generator)
-        fine_tune(purified, train, chosen, config, teacher=infected, device=device)
+        fine_tune(purified, train, chosen, config, teacher=infected, everywhere=True, device=device)
         ranking, _ = rank_plainly(infected, purified, train, device)
         distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)
@@ -183,8 +183,9 @@ def fine_tune(
     *,
     teacher: nn.Module | None,
     device: torch.device,
+    everywhere: bool = False,
 ) -> None:
-    """Steps 1 and 2 of a round."""
+    """Steps 1 and 2 of a round; the teacher is heeded where it is right, of chosen images, unless ``everywhere``."""
     tuning = config.finetune
     size = len(data) if chosen is None else len(chosen)
     per_epoch = math.ceil(size / tuning.batch_size)
@@ -198,8 +199,7 @@ def fine_tune(
     batches = endless(training_loader(data, tuning, chosen=chosen))
     for step in range(total):
         images, labels = (tensor.to(device) for tensor in next(batches))
-        # Of images that nobody vouches for the teacher is heeded where it is right.
-        heeded = None if chosen is None else labels
+        heeded = None if chosen is None or everywhere else labels
         model.train()
         if step < config.adversarial_steps:
             adversarial = attacks[step % len(attacks)](images, labels)

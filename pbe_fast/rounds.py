@@ -176,7 +176,8 @@ class Run(Steps):
             self.model.load_state_dict(self.infected.state_dict())
             chosen = judging_extra_set(infected_logits, train.labels, left_out, fragile, self.config, self.generator)
             desc = f"without half of the labels, {half + 1} of 2"
-            self._purify_model(train, chosen, teacher=self.infected, where_right=True, desc=desc, counted_as=_LEFT_OUT)
+            # Heeded on all images here: benign labels are to change little.
+            self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
             distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
             forgotten |= changed_labels(distances) | label_ahead(distances)

@@ -86,7 +86,7 @@ class Seen:
     left_out: list[list[int]] = dataclasses.field(default_factory=list)
     fragile: list[bool] = dataclasses.field(default_factory=list)
     steady: list[bool] = dataclasses.field(default_factory=list)
-    taught: list[bool] = dataclasses.field(default_factory=list)
+    taught: list[str | None] = dataclasses.field(default_factory=list)
     unchanged_at_start: list[bool] = dataclasses.field(default_factory=list)
 
 
@@ -116,7 +116,8 @@ def watch(
 
     def restarted(self: FineTuner, **keywords: Any) -> None:
         if keywords["total_steps"] > 1:  # a round, not the making of the tuner
-            seen.taught.append(keywords["teacher"] is not None)
+            how = "right" if keywords["where_right"] else "all"
+            seen.taught.append(how if keywords["teacher"] is not None else None)
             state = infected.model.state_dict()
             same = all(torch.equal(value, state[name]) for name, value in self._model.state_dict().items())
             seen.unchanged_at_start.append(same)

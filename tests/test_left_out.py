@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from quarters import QUICK, infect, run, watch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pbe_fast.attack import InfectedModel
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.extra_set import next_extra_set
 from pbe_fast.purify import purify
-from pbe_fast.ranking import Ranking, rank_images
+from pbe_fast.ranking import Ranking, label_distances, rank_images
 from pbe_fast.rounds import Run
 
 
@@ -48,7 +50,7 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_the_one_that_changed(
     assert [entry["round"] for entry in result.history] == [0, 1, 2]
     # No set keeps to steady images once a label is found; the infected model teaches as long as one is left out.
     assert seen.fragile == [False] and seen.steady == [False, False]
-    assert seen.taught == [True, True, True, False, False]
+    assert seen.taught == ["all", "all", "right", None, None]
     assert seen.unchanged_at_start == [True, True, True, False, False]
     # What it takes is told apart from the rounds.
     for phase in ("adversarial", "clean", "ranking"):
@@ -56,9 +58,9 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_the_one_that_changed(
         assert result.seconds[phase] == pytest.approx(sum(entry["seconds"][phase] for entry in result.history))
 
 
-@pytest.mark.parametrize(("found", "taught"), [([], False), ([2, 5], True)])
+@pytest.mark.parametrize(("found", "taught"), [([], None), ([2, 5], "right")])
 def test_steady_images_stay_the_way_unless_it_is_one_label(
-    of_eight: InfectedModel, monkeypatch: pytest.MonkeyPatch, found: list[int], taught: bool
+    of_eight: InfectedModel, monkeypatch: pytest.MonkeyPatch, found: list[int], taught: str | None
 ) -> None:
     def changed(distances: Tensor) -> Tensor:
         return torch.tensor([k in found for k in range(8)]) & (distances > 0)
@@ -67,7 +69,7 @@ def test_steady_images_stay_the_way_unless_it_is_one_label(
     run(of_eight.model, of_eight.train_data, initial="steady")
     assert seen.left_out[2:] == [found]
     assert seen.fragile == [True] and seen.steady == [True, True]
-    assert seen.taught == [True, True, taught, False, False]
+    assert seen.taught == ["all", "all", taught, None, None]
 
 
 def test_labels_without_images_are_in_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def test_labels_without_images_are_in_no_half(monkeypatch: pytest.MonkeyPatch) -
 def test_of_few_labels_none_is_left_out(infected: InfectedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watch(monkeypatch, infected, attracting=[])
     result = run(infected.model, infected.train_data, initial="steady")
-    assert seen.left_out == [[]] and seen.fragile == [True] and seen.taught == [False] * 3
+    assert seen.left_out == [[]] and seen.fragile == [True] and seen.taught == [None] * 3
     assert not any(phase.startswith("labels left out") for phase in result.seconds)
 
 
@@ -142,7 +144,7 @@ def test_where_a_label_attracts_every_round_goes_by_its_own_ranking(
     seen = watch(monkeypatch, infected, attracting=[1, 3], changed=lambda distances: torch.arange(4) == 1)
     monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", chosen)
     result = run(infected.model, infected.train_data, initial="steady")
-    assert seen.left_out == [[1, 3]] and seen.fragile == [False] and seen.taught == [True, False, False]
+    assert seen.left_out == [[1, 3]] and seen.fragile == [False] and seen.taught == ["right", None, None]
     assert all(entry["labels_apart"] == [1, 3] for entry in result.history)
     assert not any(changed.any() for changed in asked)
     expected = rank_images(*(predict_logits(m, infected.train_data.images) for m in (infected.model, result.model)))
@@ -158,3 +160,26 @@ def test_no_label_is_left_out_where_that_is_not_asked_for(
     result = run(of_eight.model, of_eight.train_data, **{"initial": "steady", **options})
     assert seen.left_out == [[]]
     assert not any(phase.startswith("labels left out") for phase in result.seconds)
+
+
+def test_a_half_is_judged_by_the_images_that_the_infected_model_is_surest_of(
+    of_eight: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor | None] = []
+
+    def distances(*arguments: Any, among: Tensor | None = None) -> Tensor:
+        asked.append(among)
+        return label_distances(*arguments, among)
+
+    watch(monkeypatch, of_eight, attracting=[])
+    monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "label_distances", distances)
+    data = of_eight.train_data
+    run(of_eight.model, data, initial="steady")
+    loss = F.cross_entropy(predict_logits(of_eight.model, data.images), data.labels, reduction="none")
+    assert len(asked) == 2
+    for among in asked:
+        assert among is not None
+        for k in range(8):
+            mine = data.labels == k
+            assert int(among[mine].sum()) == math.ceil(0.1 * int(mine.sum()))
+            assert loss[mine & among].max() <= loss[mine & ~among].min() + 1e-4

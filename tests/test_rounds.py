@@ -177,7 +177,7 @@ def test_with_a_clean_set_the_labels_that_changed_or_attract_are_set_apart_and_t
     seen = watch(monkeypatch, infected, attracting=attracting, changed=lambda distances: torch.arange(4) == 3)
     monkeypatch.setattr(sys.modules["pbe_fast.rounds"], "next_extra_set", chosen)
     result = run(infected.model, infected.train_data, quarters(40, seed=1), refining_fractions=(0.3, 0.5))
-    assert seen.left_out == [] and seen.taught == [True, False, False]
+    assert seen.left_out == [] and seen.taught == ["all", None, None]
     either = sorted({3, *attracting})
     assert apart == [(either, [3])] * 2
     assert [entry["labels_apart"] for entry in result.history] == [either] * 3
