@@ -35,7 +35,6 @@ from pbe_fast.ranking import (
     label_distances,
     rank_images,
     rank_over_rounds,
-    surest_images,
 )
 from pbe_fast.steadiness import VIEWS, kept, rise, seen
 from pbe_fast.waves import add_waves
@@ -151,7 +150,8 @@ def forgotten_labels_plainly(
 ) -> Tensor:
     """Labels that change far more than others where half of the labels is left out."""
     forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
-    surest = surest_images(logits, train.labels, SUREST)
+    loss = F.cross_entropy(logits, train.labels, reduction="none")
+    surest = first_of_each(loss.argsort(stable=True), train.labels, SUREST, 1.0)
     for half in range(2):
         left_out = torch.zeros_like(forgotten)
         left_out[train.labels.unique()[half::2]] = True

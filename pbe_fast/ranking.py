@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pbe_fast.kernels.cosine_rank import cosine_distance, rank
 from pbe_fast.metrics import average_precision
@@ -76,22 +74,6 @@ def otsu_threshold(values: Tensor) -> float:
     return float(ordered[int(between.argmax())])
 
 
-def surest_images(logits: Tensor, labels: Tensor, share: float) -> Tensor:
-    """The ``share`` of every label's images that a model is surest of: where its loss is least, (N,) bool.
-
-    Args:
-        logits: (N, K).
-        labels: (N,) int64.
-        share: In (0, 1]; of a label with any image at least one.
-    """
-    loss = F.cross_entropy(logits.float(), labels, reduction="none")
-    surest = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    for k in labels.unique():
-        mine = (labels == k).nonzero()[:, 0]
-        surest[mine[loss[mine].argsort(stable=True)[: math.ceil(share * len(mine))]]] = True
-    return surest
-
-
 def label_distances(ranking: Ranking, labels: Tensor, num_classes: int, among: Tensor | None = None) -> Tensor:
     """The mean distance of each label's images.
 
@@ -99,15 +81,15 @@ def label_distances(ranking: Ranking, labels: Tensor, num_classes: int, among: T
         ranking: Of N images.
         labels: (N,) int64, on the device of the ranking.
         num_classes: K.
-        among: (N,) bool, the images that count; all, if not given.
+        among: int64 indices of the images that count; all, if not given.
 
     Returns:
         (K,) float64 on the CPU; images whose distance is not finite do not count, and a label without others has 0.
     """
-    finite = ranking.distance.isfinite()
+    distance = ranking.distance.double()
     if among is not None:
-        finite &= among
-    labels, distance = labels[finite], ranking.distance[finite].double()
+        labels, distance = labels[among], distance[among]
+    labels, distance = labels[distance.isfinite()], distance[distance.isfinite()]
     sums = torch.bincount(labels, weights=distance, minlength=num_classes)
     return (sums / torch.bincount(labels, minlength=num_classes).clamp_min(1)).cpu()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pbe_fast.attraction import attack_counts, attracting_labels
 from pbe_fast.data import ImageSet
@@ -19,7 +20,6 @@ from pbe_fast.ranking import (
     label_distances,
     poisoned_share,
     rank_over_rounds,
-    surest_images,
 )
 from pbe_fast.result import PurifyResult
 from pbe_fast.steadiness import fragility
@@ -166,10 +166,11 @@ class Run(Steps):
         surest of: of a benign label these are the last to be forgotten, of the target they bear the trigger.
         """
         forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
-        surest = surest_images(infected_logits, train.labels, _SUREST)
         present = train.labels.unique().cpu()
         if not self.config.leave_out or len(present) < 2 * FEWEST_LABELS:
             return forgotten
+        loss = F.cross_entropy(infected_logits, train.labels, reduction="none")
+        surest = first_of_each(loss.argsort(stable=True), train.labels, _SUREST, 1.0)
         for half in range(2):
             left_out = torch.zeros_like(forgotten)
             left_out[present[half::2]] = True

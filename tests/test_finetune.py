@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tuners import ATTACK, few_images, first_batch, network, plain, tuner
 
-from pbe_fast.config import FineTuneConfig, PGDConfig, WaveConfig
+from pbe_fast.config import PGDConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.finetune import (
     DivergedError,
@@ -20,33 +21,10 @@ from pbe_fast.finetune import (
 )
 from pbe_fast.pgd import pgd_attack
 
-ATTACK = PGDConfig(norm="l2", eps=0.5, steps=3)
-
-
-def plain(**options: object) -> FineTuneConfig:
-    """No augmentation and no distillation unless asked for."""
-    values = {"lr": 0.05, "batch_size": 8, "augment": "none", "distill_weight": 0.0, "warmup": 0.0} | options
-    return FineTuneConfig(**values)  # type: ignore[arg-type]
-
 
 @pytest.fixture
 def data() -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (21, 3, 6, 6), dtype=torch.uint8, generator=generator)
-    return ImageSet(images, torch.randint(0, 4, (21,), generator=generator), tuple("abcd"))
-
-
-def network(seed: int = 0) -> nn.Module:
-    """With convolutions whose weights are channels_last, as purify makes them."""
-    torch.manual_seed(seed)
-    net = nn.Sequential(
-        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 6, 3), nn.Flatten(), nn.Linear(96, 4)
-    )
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def tuner(model: nn.Module, config: FineTuneConfig, steps: int, seed: int = 7, **more: object) -> FineTuner:
-    return FineTuner(model, config, total_steps=steps, generator=torch.Generator().manual_seed(seed), **more)  # type: ignore[arg-type]
+    return few_images()
 
 
 def test_the_learning_rate_is_a_half_cosine() -> None:
@@ -100,10 +78,6 @@ def test_the_schedule_goes_on_over_several_runs(data: ImageSet) -> None:
         torch.testing.assert_close(a, b)
 
 
-def _first_batch(n: int, size: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(7)).tensor_split(-(-n // size))[0]
-
-
 def _fresh_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(copy.deepcopy(model).train()(images), labels)
 
@@ -114,7 +88,7 @@ def test_the_adversarial_loss_is_on_images_attacked_in_eval_mode(data: ImageSet,
     with torch.no_grad():  # so that the statistics kept from training differ from those of a batch
         model.get_buffer("1.running_mean").fill_(0.3)
         model.get_buffer("1.running_var").fill_(4.0)
-    batch = _first_batch(21, 8)
+    batch = first_batch(21, 8)
     images, labels = data.floats(batch), data.labels[batch]
     adversarial = pgd_attack(copy.deepcopy(model).eval(), images, labels, ATTACK)
     if mix:
@@ -193,7 +167,7 @@ def test_distillation_adds_the_divergence_from_the_teacher_on_clean_images(data:
     teacher.get_parameter("5.weight").mul_(10)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     weight, t = 0.7, 1.5
-    batch = _first_batch(21, 8)
+    batch = first_batch(21, 8)
     images, labels = data.floats(batch), data.labels[batch]
     if adversarial:
         attacked = pgd_attack(copy.deepcopy(model).eval(), images, labels, ATTACK)

@@ -181,5 +181,6 @@ def test_a_half_is_judged_by_the_images_that_the_infected_model_is_surest_of(
         assert among is not None
         for k in range(8):
             mine = data.labels == k
-            assert int(among[mine].sum()) == math.ceil(0.1 * int(mine.sum()))
-            assert loss[mine & among].max() <= loss[mine & ~among].min() + 1e-4
+            surest = loss[among[data.labels[among] == k]]
+            assert len(surest) == math.ceil(0.1 * int(mine.sum()))
+            assert surest.sum() <= loss[mine].sort().values[: len(surest)].sum() + 1e-4

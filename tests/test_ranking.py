@@ -15,7 +15,6 @@ from pbe_fast.ranking import (
     otsu_threshold,
     poisoned_share,
     rank_images,
-    surest_images,
 )
 
 
@@ -133,21 +132,8 @@ def test_the_mean_distance_of_each_label() -> None:
     ranking = _ranking([0.1, 0.3, 0.5, math.inf, 0.2])
     labels = torch.tensor([0, 0, 2, 2, 3])
     assert label_distances(ranking, labels, 5).tolist() == pytest.approx([0.2, 0.0, 0.5, 0.2, 0.0])
-    among = torch.tensor([True, False, False, True, True])
+    among = torch.tensor([0, 4, 3])
     assert label_distances(ranking, labels, 5, among).tolist() == pytest.approx([0.1, 0.0, 0.0, 0.2, 0.0])
-
-
-def test_the_images_of_each_label_that_a_model_is_surest_of() -> None:
-    labels = torch.tensor([0, 0, 0, 0, 2, 1, 1])
-    # The share of the label's own logit; others do not matter.
-    sure = torch.tensor([0.3, 0.9, 0.5, 0.9, 0.1, 0.2, 0.6])
-    logits = torch.full((7, 3), -30.0)
-    logits[torch.arange(7), labels] = sure.log()
-    logits[torch.arange(7), (labels + 1) % 3] = (1 - sure).log()
-    assert surest_images(logits, labels, 0.5).nonzero()[:, 0].tolist() == [1, 3, 4, 6]
-    # At least one of each label, the earlier of two that are alike.
-    assert surest_images(logits.bfloat16(), labels, 0.01).nonzero()[:, 0].tolist() == [1, 4, 6]
-    assert surest_images(logits, labels, 1.0).all()
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,25 @@ def wrong_convolutions(model: nn.Module, image_shape: tuple[int, ...]) -> list[s
     """Those of a model that the CPU gets wrong in bfloat16, each kind once, in words.
 
     Every kind (of size, channels, stride and the like) that two images meet on their way is computed on random values,
-    of as many images as a batch has, and compared with float32. What is compiled is not compiled for that.
+    of as many images as a batch has, and compared with float32.
     """
     # Its forward pass may change what a model holds.
-    tried = deep_copy(model).to("cpu", torch.float32).eval()
+    tried = _uncompiled(deep_copy(model)).to("cpu", torch.float32).eval()
     recorder = _Convolutions()
-    eagerly = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), eagerly, recorder:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
         tried(torch.zeros(2, *image_shape, dtype=torch.float32))
     return [_in_words(*kind) for kind in recorder.kinds if _is_wrong(*kind)]
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """``model`` without torch.compile, in place: two images are not worth compiling for."""
+    # Not torch.compiler.set_stance, which other threads would meet as well.
+    for module in model.modules():
+        module._compiled_call_impl = None
+        for name, child in module._modules.items():
+            module._modules[name] = getattr(child, "_orig_mod", child)
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 class _Convolutions(TorchDispatchMode):

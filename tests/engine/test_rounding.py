@@ -106,6 +106,37 @@ def test_the_model_the_random_numbers_and_the_caches_stay_as_they_are(faulty: No
     assert int(model.calls) == 0 and model.training and all(p.requires_grad for p in model.parameters())
 
 
+class Whole(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("where", ["around it", "inside", "twice inside", "in place"])
+def test_nothing_is_compiled_for_two_images(faulty: None, where: str) -> None:
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise AssertionError("compiled")
+
+    model = network()
+    if where == "in place":
+        # torch never compiles a Sequential itself so.
+        model = Whole(model)
+        model.compile(backend=compiler)
+    elif where == "around it":
+        model = torch.compile(model, backend=compiler)
+    else:
+        part = torch.compile(nn.ReLU(), backend=compiler)
+        model = nn.Sequential(part, model, *([part] if where == "twice inside" else []))
+    before = list(model.modules())
+    assert wrong_convolutions(model, SHAPE) == [FOUND]
+    assert list(model.modules()) == before
+    with pytest.raises(Exception, match="compiled"):
+        model(torch.zeros(2, *SHAPE))
+
+
 def test_models_in_half_precision_and_of_one_dimension(faulty: None) -> None:
     assert wrong_convolutions(network().bfloat16(), SHAPE) == [FOUND]
     assert wrong_convolutions(nn.Conv1d(3, 4, 4, 4), (3, 16)) == [
