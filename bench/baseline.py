@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -152,12 +153,14 @@ def forgotten_labels_plainly(
     forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
     loss = F.cross_entropy(logits, train.labels, reduction="none")
     surest = first_of_each(loss.argsort(stable=True), train.labels, SUREST, 1.0)
-    for half in range(2):
+    for everywhere, half in itertools.product((False, True), range(2)):
+        if half == 0 and forgotten.any():
+            break
         left_out = torch.zeros_like(forgotten)
         left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
         chosen = judging_extra_set(logits, train.labels, left_out, fragile, config, generator)
-        fine_tune(purified, train, chosen, config, teacher=infected, everywhere=True, device=device)
+        fine_tune(purified, train, chosen, config, teacher=infected, everywhere=everywhere, device=device)
         ranking, _ = rank_plainly(infected, purified, train, device)
         distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +165,9 @@ class Run(Steps):
         teach it. So each half of the labels is left out in turn: of benign labels little is forgotten then. Each half
         is judged by itself, and of few labels nothing is said. What counts is the images that the infected model is
         surest of: of a benign label these are the last to be forgotten, of the target they bear the trigger.
+
+        The infected model is heeded where it is right, as its wrong answers may keep the trigger (input-aware). Where
+        that shows no label, on all images: benign labels are forgotten less then (SIG).
         """
         forgotten = torch.zeros(train.num_classes, dtype=torch.bool)
         present = train.labels.unique().cpu()
@@ -171,14 +175,17 @@ class Run(Steps):
             return forgotten
         loss = F.cross_entropy(infected_logits, train.labels, reduction="none")
         surest = first_of_each(loss.argsort(stable=True), train.labels, _SUREST, 1.0)
-        for half in range(2):
+        for where_right, half in itertools.product((True, False), range(2)):
+            if half == 0 and forgotten.any():
+                break
             left_out = torch.zeros_like(forgotten)
             left_out[present[half::2]] = True
             self.model.load_state_dict(self.infected.state_dict())
             chosen = judging_extra_set(infected_logits, train.labels, left_out, fragile, self.config, self.generator)
             desc = f"without half of the labels, {half + 1} of 2"
-            # Heeded on all images here: benign labels are to change little.
-            self._purify_model(train, chosen, teacher=self.infected, desc=desc, counted_as=_LEFT_OUT)
+            self._purify_model(
+                train, chosen, teacher=self.infected, where_right=where_right, desc=desc, counted_as=_LEFT_OUT
+            )
             ranking, _ = self._rank(train, infected_logits, _LEFT_OUT)
             distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
             forgotten |= changed_labels(distances) | label_ahead(distances)

@@ -50,7 +50,7 @@ def test_half_of_the_labels_is_left_out_in_turn_and_then_the_one_that_changed(
     assert [entry["round"] for entry in result.history] == [0, 1, 2]
     # No set keeps to steady images once a label is found; the infected model teaches as long as one is left out.
     assert seen.fragile == [False] and seen.steady == [False, False]
-    assert seen.taught == ["all", "all", "right", None, None]
+    assert seen.taught == ["right", "right", "right", None, None]
     assert seen.unchanged_at_start == [True, True, True, False, False]
     # What it takes is told apart from the rounds.
     for phase in ("adversarial", "clean", "ranking"):
@@ -67,9 +67,11 @@ def test_steady_images_stay_the_way_unless_it_is_one_label(
 
     seen = watch(monkeypatch, of_eight, attracting=[], changed=changed)
     run(of_eight.model, of_eight.train_data, initial="steady")
-    assert seen.left_out[2:] == [found]
+    # Nothing found, the halves are judged again, with the infected model heeded everywhere.
+    judged = ["right", "right"] if found else ["right", "right", "all", "all"]
+    assert seen.left_out == [[0, 2, 4, 6], [1, 3, 5, 7]] * (len(judged) // 2) + [found]
     assert seen.fragile == [True] and seen.steady == [True, True]
-    assert seen.taught == ["all", "all", taught, None, None]
+    assert seen.taught == [*judged, taught, None, None]
 
 
 def test_labels_without_images_are_in_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,7 @@ def test_a_half_is_judged_by_the_images_that_the_infected_model_is_surest_of(
     data = of_eight.train_data
     run(of_eight.model, data, initial="steady")
     loss = F.cross_entropy(predict_logits(of_eight.model, data.images), data.labels, reduction="none")
-    assert len(asked) == 2
+    assert len(asked) == 4
     for among in asked:
         assert among is not None
         for k in range(8):
