@@ -75,7 +75,8 @@ class PurifyConfig:
     leave_out: bool = option(
         True,
         "with initial steady, where no label attracts: purify two or four times without images of half of the "
-        "labels, to see of which label the model changes most, and leave that one out of the first extra set (of eight labels and more)",
+        "labels, to see of which label the model changes most, and leave that one out of the first extra set (of eight "
+        "labels and more)",
     )
 
     def __post_init__(self) -> None:
