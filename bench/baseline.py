@@ -12,22 +12,22 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from plain import loader_of, logits_of, sgd, training_loader
+from plain import logits_of, sgd, training_loader
+from plain_search import attack_counts_plainly, leading_waves_plainly, plain_attack
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pbe_fast.attraction import LARGEST_WINDOW, attracting_labels
+from pbe_fast.attraction import attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
-from pbe_fast.pgd import random_windows
 from pbe_fast.ranking import (
     FEWEST_LABELS,
     Ranking,
@@ -37,11 +37,10 @@ from pbe_fast.ranking import (
     rank_images,
     rank_over_rounds,
 )
-from pbe_fast.steadiness import VIEWS, kept, rise, seen
-from pbe_fast.waves import add_waves
+from pbe_fast.steadiness import VIEWS, kept, rise, seen, without_waves
 
-# As pbe_fast.attraction and pbe_fast.rounds have them.
-SAMPLE, HALVINGS, MOVED, SUREST = 1000, 6, 0.25, 0.1
+# As pbe_fast.rounds has it.
+SUREST = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,34 +68,46 @@ def purify_plainly(
     train = None if train is None else train.to("cpu")
     steady = None
     generator = torch.Generator().manual_seed(seed)
+    waves = leading_waves_plainly(infected, clean or train, config, generator, where)
+    attacks = [
+        dataclasses.replace(attack, near=waves.frequencies) if isinstance(attack, WaveConfig) else attack
+        for attack in config.attacks
+    ]
+    tune = functools.partial(fine_tune, config=config, attacks=attacks, device=where)
     if clean is not None:
-        fine_tune(purified, clean, None, config, teacher=infected, device=where)
+        tune(purified, clean, None, teacher=infected)
         if train is None:
             return PlainResult(purified.eval(), None)
         ranking, agrees = rank_plainly(infected, purified, train, where)
-        changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes)) | waves.labels
         if config.refining_fractions:
             counts = attack_counts_plainly(infected, train, config, generator, where)
             suspects = changed | attracting_labels(counts)
     else:
         assert train is not None
-        suspects = torch.zeros(train.num_classes, dtype=torch.bool)
+        changed = suspects = torch.zeros(train.num_classes, dtype=torch.bool)
         if config.initial != "random":
-            suspects = attracting_labels(attack_counts_plainly(infected, train, config, generator, where))
-        fragile, changed = None, torch.zeros_like(suspects)
+            changed = waves.labels
+            if waves.shift is None:
+                counts = attack_counts_plainly(infected, train, config, generator, where)
+                suspects = attracting_labels(counts) | waves.labels
+        fragile = None
         logits = logits_of(infected, train, where)
         if config.initial == "steady" and not suspects.any():
-            fragile = fragility_plainly(infected, train, logits, where)
+            fragile = fragility_plainly(infected, train, logits, waves.frequencies, where)
             share, floor = 1 - config.fragile_share, config.label_floor
             steady = torch.zeros_like(fragile, dtype=torch.bool)
             steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
-            if config.leave_out and len(train.labels.unique()) >= 2 * FEWEST_LABELS:
+            enough = len(train.labels.unique()) >= 2 * FEWEST_LABELS
+            if config.leave_out and waves.shift is None and enough:
                 changed = suspects = forgotten_labels_plainly(
-                    infected, train, logits, config, generator, fragile, where
+                    infected, train, logits, config, generator, fragile, tune, where
                 )
             if int(suspects.sum()) == 1:
                 fragile = steady = None
-        first_round_plainly(purified, infected, train, logits, suspects, config, generator, fragile, where)
+        chosen = initial_extra_set(logits, train.labels, suspects, config, generator, fragility=fragile)
+        # Of the labels left out the infected model teaches what it knows.
+        tune(purified, train, chosen, teacher=infected if suspects.any() else None)
         ranking, agrees = rank_plainly(infected, purified, train, where)
     of_changed = changed[train.labels]
     for fraction in config.fractions[1:] if clean is None else config.refining_fractions:
@@ -110,7 +121,7 @@ def purify_plainly(
             steady=steady,
             floor=config.label_floor if clean is None else 0.0,
         )
-        fine_tune(purified, train, chosen, config, teacher=None, device=where)
+        tune(purified, train, chosen, teacher=None)
         now = rank_plainly(infected, purified, train, where)
         ranking, agrees = rank_over_rounds((ranking, agrees), now, of_changed)
     return PlainResult(purified.eval(), ranking)
@@ -124,22 +135,6 @@ def rank_plainly(
     return rank_images(infected_logits, purified_logits), purified_logits.argmax(1) == train.labels
 
 
-def first_round_plainly(
-    purified: nn.Module,
-    infected: nn.Module,
-    train: ImageSet,
-    logits: Tensor,
-    left_out: Tensor,
-    config: PurifyConfig,
-    generator: torch.Generator,
-    fragile: Tensor | None,
-    device: torch.device,
-) -> None:
-    """The round on D_ext^0, without images of some labels; of these the infected model teaches what it knows."""
-    chosen = initial_extra_set(logits, train.labels, left_out, config, generator, fragility=fragile)
-    fine_tune(purified, train, chosen, config, teacher=infected if left_out.any() else None, device=device)
-
-
 def forgotten_labels_plainly(
     infected: nn.Module,
     train: ImageSet,
@@ -147,6 +142,7 @@ def forgotten_labels_plainly(
     config: PurifyConfig,
     generator: torch.Generator,
     fragile: Tensor,
+    tune: Callable[..., None],
     device: torch.device,
 ) -> Tensor:
     """Labels that change far more than others where half of the labels is left out."""
@@ -160,17 +156,20 @@ def forgotten_labels_plainly(
         left_out[train.labels.unique()[half::2]] = True
         purified = copy.deepcopy(infected).requires_grad_(True)
         chosen = judging_extra_set(logits, train.labels, left_out, fragile, config, generator)
-        fine_tune(purified, train, chosen, config, teacher=infected, everywhere=everywhere, device=device)
+        tune(purified, train, chosen, teacher=infected, everywhere=everywhere)
         ranking, _ = rank_plainly(infected, purified, train, device)
         distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)
     return forgotten
 
 
-def fragility_plainly(model: nn.Module, data: ImageSet, logits: Tensor, device: torch.device) -> Tensor:
+def fragility_plainly(
+    model: nn.Module, data: ImageSet, logits: Tensor, frequencies: tuple[tuple[int, int], ...], device: torch.device
+) -> Tensor:
     """pbe_fast.steadiness.fragility, image set by image set."""
     worst = torch.zeros(len(data))
-    for view in VIEWS.values():
+    notch = [functools.partial(without_waves, frequencies=frequencies)] if frequencies else []
+    for view in [*VIEWS.values(), *notch]:
         changed = dataclasses.replace(data, images=seen(data.images, view))
         answers = logits_of(model, changed, device)
         if kept(answers, logits, data.labels):
@@ -182,8 +181,9 @@ def fine_tune(
     model: nn.Module,
     data: ImageSet,
     chosen: Tensor | None,
-    config: PurifyConfig,
     *,
+    config: PurifyConfig,
+    attacks: Sequence[PGDConfig | WaveConfig],
     teacher: nn.Module | None,
     device: torch.device,
     everywhere: bool = False,
@@ -198,14 +198,14 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total, tuning.warmup)
     )
-    attacks = [plain_attack(model, pgd) for pgd in config.attacks]
+    turns = [plain_attack(model, attack) for attack in attacks]
     batches = endless(training_loader(data, tuning, chosen=chosen))
     for step in range(total):
         images, labels = (tensor.to(device) for tensor in next(batches))
         heeded = None if chosen is None or everywhere else labels
         model.train()
         if step < config.adversarial_steps:
-            adversarial = attacks[step % len(attacks)](images, labels)
+            adversarial = turns[step % len(turns)](images, labels)
             if tuning.mix_clean:
                 on_adversarial, logits = model(torch.cat([adversarial, images])).chunk(2)
                 loss = (F.cross_entropy(on_adversarial, labels) + F.cross_entropy(logits, labels)) / 2
@@ -220,61 +220,6 @@ def fine_tune(
         optimizer.step()
         schedule.step()
     model.eval()
-
-
-def plain_attack(model: nn.Module, pgd: PGDConfig | WaveConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchattacks' PGD; it has no windows, no waves and no grids."""
-    import torchattacks
-
-    if isinstance(pgd, WaveConfig):
-        return lambda images, labels: add_waves(images, random_ids(images), pgd, seed=0)
-    if pgd.window is not None:
-        return functools.partial(attack_windows, model, pgd)
-    if pgd.grid is not None:
-        return functools.partial(attack_smoothly, model, pgd)
-    return torchattacks.PGD(model, eps=pgd.eps, alpha=pgd.step_size, steps=pgd.steps, random_start=pgd.random_start)
-
-
-def attack_windows(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
-    """PGD on one random window of each image; torchattacks has none."""
-    assert pgd.window is not None
-    window = random_windows(images, random_ids(images), pgd.window, seed=0)
-    was_training = model.training
-    model.eval()
-    adversarial = images.clone()
-    for _ in range(pgd.steps):
-        adversarial.requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(adversarial), labels), adversarial)
-        moved = adversarial.detach() + pgd.step_size * gradient.sign() * window
-        adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
-    model.train(was_training)
-    return adversarial
-
-
-def attack_smoothly(model: nn.Module, pgd: PGDConfig, images: Tensor, labels: Tensor) -> Tensor:
-    """PGD on a coarse grid of values; torchattacks has none."""
-    assert pgd.grid is not None
-    was_training = model.training
-    model.eval()
-    height, width = images.shape[2:]
-    nothing = images.new_zeros(*images.shape[:2], min(pgd.grid, height), min(pgd.grid, width), requires_grad=True)
-
-    def spread(values: Tensor) -> Tensor:
-        return F.interpolate(values, (height, width), mode="bilinear", align_corners=False)
-
-    adversarial = images.clone()
-    for _ in range(pgd.steps):
-        loss = F.cross_entropy(model(adversarial + spread(nothing)), labels)
-        (gradient,) = torch.autograd.grad(loss, nothing)
-        moved = adversarial + pgd.step_size * spread(gradient.sign())
-        adversarial = torch.clamp(images + torch.clamp(moved - images, -pgd.eps, pgd.eps), 0, 1)
-    model.train(was_training)
-    return adversarial
-
-
-def random_ids(images: Tensor) -> Tensor:
-    """Numbers that the random part of a perturbation is drawn by."""
-    return torch.randint(2**62, (len(images),), device=images.device)
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
@@ -296,41 +241,3 @@ def distillation(
     if labels is not None:
         kl = kl * (taught.argmax(1) == labels)
     return config.distill_weight * t * t * kl.mean()
-
-
-def attack_counts_plainly(
-    model: nn.Module, data: ImageSet, config: PurifyConfig, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """`pbe_fast.attraction.attack_counts`, with torchattacks and a model that runs in eager float32."""
-    pgd = config.pgd
-    patches = [patch for patch in config.patch_attacks if (patch.window or 1) <= LARGEST_WINDOW]
-    sample = data.select(torch.randperm(len(data), generator=generator)[: 2 * SAMPLE])
-    right = logits_of(model, sample, device).argmax(1) == sample.labels
-    if not right.any():
-        return torch.zeros(2 + len(patches), data.num_classes, data.num_classes, dtype=torch.int64)
-    sample = sample.select(right.nonzero()[:SAMPLE, 0])
-    full = reached_plainly(model, sample, pgd, device)
-    for halvings in range(HALVINGS, 0, -1):
-        smaller = dataclasses.replace(pgd, eps=pgd.eps / 2**halvings, alpha=pgd.step_size / 2**halvings)
-        least = reached_plainly(model, sample, smaller, device)
-        if moves_enough(least):
-            break
-    in_windows = [reached_plainly(model, sample, patch, device) for patch in patches]
-    return torch.stack([least, full, *(counts * moves_enough(counts) for counts in in_windows)])
-
-
-def moves_enough(counts: Tensor) -> bool:
-    """Whether a quarter of the images reached another label."""
-    return bool(counts.sum() - counts.diagonal().sum() >= MOVED * counts.sum())
-
-
-def reached_plainly(model: nn.Module, data: ImageSet, pgd: PGDConfig, device: torch.device) -> Tensor:
-    """(K, K) counts: the label of an image, and the one that it is led to."""
-    attack = plain_attack(model, pgd)
-    counts = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
-    for images, labels in loader_of(data, batch_size=250):
-        adversarial = attack(images.to(device), labels.to(device))
-        with torch.no_grad():
-            reached = model((adversarial * 255).round() / 255).argmax(1).cpu()
-        counts.index_put_((labels, reached), torch.ones_like(labels), accumulate=True)
-    return counts

@@ -61,6 +61,7 @@ _ABSTRACT = {int: numbers.Integral, float: numbers.Real}
 
 def _is_a(value: object, kind: type) -> bool:
     # True is an int, and nobody means it as one. numpy's numbers will do.
+    kind = typing.get_origin(kind) or kind
     return isinstance(value, _ABSTRACT.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.attraction import attack_counts, attracting_labels
+from pbe_fast.config import WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.leading_waves import LeadingWaves, leading_waves
 from pbe_fast.ranking import (
     FEWEST_LABELS,
     Ranking,
@@ -37,7 +40,9 @@ class Run(Steps):
 
     def with_clean_set(self, clean: ImageSet, train: ImageSet | None) -> PurifyResult:
         """Steps 1 and 2 on the clean images; then, where there is a training set, on what of it ranks clean."""
+        waves = self._leading_waves(clean)
         entry = self._purify_model(clean, teacher=self.infected, desc="round 0")
+        entry["waves"] = [list(frequency) for frequency in waves.frequencies]
         if train is None:
             self._finish_round(0, entry)
             self._look_for_forgotten(clean)
@@ -45,7 +50,8 @@ class Run(Steps):
         infected_logits = self._infected_logits(train)
         ranking, agrees = self._rank(train, infected_logits)
         # No poisoned image has taught this model anything: what it changed most is the attacker's.
-        changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes))
+        changed = changed_labels(label_distances(ranking, train.labels, train.num_classes)) | waves.labels
+        suspects = changed
         fractions = self.config.refining_fractions
         if fractions:
             # Of a trigger that this round did not erase it changed little.
@@ -59,14 +65,19 @@ class Run(Steps):
     def without_clean_set(self, train: ImageSet) -> PurifyResult:
         """Algorithm 1, line by line."""
         infected_logits = self._infected_logits(train)
+        waves = self._leading_waves(train)
         # Initialisation: D_ext^0
         changed = suspects = torch.zeros(train.num_classes, dtype=torch.bool)
         if self.config.initial != "random":
-            suspects = self._attracting_labels(train)
+            # What leads from each label to another leads to none in particular.
+            if waves.shift is None:
+                suspects = self._attracting_labels(train) | waves.labels
+            changed = waves.labels
         steady = None
-        fragile = self._fragility(train, infected_logits, suspects)
+        fragile = self._fragility(train, infected_logits, suspects, waves)
         if fragile is not None:
-            changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
+            if waves.shift is None:
+                changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
             if int(suspects.sum()) == 1:
                 # Nothing of the other labels is poisoned then: no need to keep to steady images.
                 fragile = None
@@ -83,6 +94,7 @@ class Run(Steps):
         teacher = self.infected if suspects.any() else None
         # Steps 1 and 2: theta^0 becomes theta^1; step 3
         entry = self._purify_model(train, chosen, teacher=teacher, where_right=True, desc="round 0")
+        entry["waves"] = [list(frequency) for frequency in waves.frequencies]
         ranking, agrees = self._rank(train, infected_logits)
         self._finish_round(0, entry | _found(ranking, train, suspects, chosen), ranking)
         fractions = self.config.fractions[1:]
@@ -151,12 +163,42 @@ class Run(Steps):
                 )
             )
 
-    def _fragility(self, train: ImageSet, infected_logits: Tensor, attracting: Tensor) -> Tensor | None:
+    def _leading_waves(self, data: ImageSet) -> LeadingWaves:
+        """Waves that lead the infected model; from here on step 1b's are near those."""
+        turns = [attack for attack in self.attacks if isinstance(attack, WaveConfig)]
+        if not turns:
+            return LeadingWaves(torch.zeros(data.num_classes, dtype=torch.bool), None, ())
+        with self._phase("leading waves"):
+            strongest = max(turns, key=lambda wave: wave.amplitude)
+            found = leading_waves(
+                self.infected,
+                data,
+                strongest,
+                generator=self.generator,
+                dtype=self.dtype,
+                show_progress=self.progress,
+            )
+        self.attacks = tuple(
+            dataclasses.replace(attack, near=found.frequencies) if isinstance(attack, WaveConfig) else attack
+            for attack in self.attacks
+        )
+        return found
+
+    def _fragility(
+        self, train: ImageSet, infected_logits: Tensor, attracting: Tensor, waves: LeadingWaves
+    ) -> Tensor | None:
         """How little each label withstands, where no attracting label tells what to leave out."""
         if self.config.initial != "steady" or attracting.any():
             return None
         with self._phase("steady images"):
-            return fragility(self.infected, train, infected_logits, dtype=self.dtype, show_progress=self.progress)
+            return fragility(
+                self.infected,
+                train,
+                infected_logits,
+                waves=waves.frequencies,
+                dtype=self.dtype,
+                show_progress=self.progress,
+            )
 
     def _labels_forgotten_when_left_out(self, train: ImageSet, infected_logits: Tensor, fragile: Tensor) -> Tensor:
         """Labels whose images the purified model sees otherwise once it learns from none of them, (K,) bool.

@@ -20,7 +20,7 @@ from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.rounding import precision_for
-from pbe_fast.engine.seeding import check_seed, seeded
+from pbe_fast.engine.seeding import check_seed, generator_for, seeded
 from pbe_fast.errors import InputError, PBEWarning
 from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
@@ -84,7 +84,7 @@ def scan(
     check_differentiable(model, data.image_shape)
     dtype = precision_for(model, data.image_shape, device=where, requested=precision)
     scanned = frozen_copy(model, where, data.image_shape)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed, "scan")
     with seeded(seed, where):
         sample = _sample(scanned, data, config.images, generator, dtype, where)
         labels = len(sample.labels.unique())

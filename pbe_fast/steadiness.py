@@ -7,8 +7,9 @@ change does it depends on the trigger, so each image is judged by the one that i
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,22 @@ VIEWS: Mapping[str, View] = {
 }
 
 
+def without_waves(images: Tensor, frequencies: Sequence[tuple[int, int]]) -> Tensor:
+    """Without what of them varies with these frequencies (down, across), in periods over the image, or one to either
+    side.
+    """
+    height, width = images.shape[-2:]
+    spectrum = torch.fft.rfft2(images)
+    down = torch.fft.fftfreq(height, 1 / height, device=images.device)[:, None]
+    across = torch.fft.rfftfreq(width, 1 / width, device=images.device)
+    for u, v in frequencies:
+        # A real image has each frequency with either sign.
+        for sign in (1, -1):
+            spectrum[..., ((down - sign * u).abs() <= 1) & ((across - sign * v).abs() <= 1)] = 0
+    back: Tensor = torch.fft.irfft2(spectrum, (height, width))
+    return back
+
+
 def seen(images: Tensor, view: View) -> Tensor:
     """The changed uint8 pictures of uint8 ``images`` (B, C, H, W)."""
     return view(images.float() / 255).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
@@ -106,6 +123,7 @@ def fragility(
     data: ImageSet,
     logits: Tensor,
     *,
+    waves: Sequence[tuple[int, int]] = (),
     dtype: torch.dtype = torch.float32,
     show_progress: bool = False,
 ) -> Tensor:
@@ -115,6 +133,7 @@ def fragility(
         model: The infected one, in eval mode.
         data: Its training set, N images; where it is too large for the model's device, it is sent batch by batch.
         logits: (N, K) of the images as they are.
+        waves: Frequencies that lead the model elsewhere (`pbe_fast.leading_waves`); without them is a change as well.
         dtype: Of the matrix products.
         show_progress: Whether there is a bar.
 
@@ -128,7 +147,10 @@ def fragility(
     worst = torch.zeros(len(data), dtype=torch.float32, device=labels.device)
     if min(data.image_shape[1:]) < 4:
         return worst
-    for view in progress(VIEWS.values(), total=len(VIEWS), desc="steady images", enabled=show_progress):
+    views = list(VIEWS.values())
+    if waves:
+        views.append(functools.partial(without_waves, frequencies=waves))
+    for view in progress(views, desc="steady images", enabled=show_progress):
         answers = torch.cat(
             [
                 predict_logits(copy, seen(some.to(device), view), dtype=dtype).to(labels.device)

@@ -18,7 +18,7 @@ from pbe_fast.engine.copies import frozen_copy, restored, without_hook
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.profile import Profile
 from pbe_fast.engine.rounding import precision_for
-from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.seeding import generator_for, seeded
 from pbe_fast.engine.streaming import fits
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.forgetting import forgotten_labels, warn_of_forgotten
@@ -54,7 +54,7 @@ class Steps:
         self.infected = frozen_copy(model, device, data.image_shape)
         self.model = copy.deepcopy(self.infected).requires_grad_(True)
         self.original = model
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator_for(seed, "purify")
         finetune = resolve_augment(
             config.finetune,
             self.infected,
@@ -65,6 +65,8 @@ class Steps:
             show_progress=progress,
         )
         self.config = dataclasses.replace(config, finetune=finetune)
+        # Step 1a's turns.
+        self.attacks = self.config.attacks
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.round_seconds: dict[str, float] = {}
@@ -117,7 +119,7 @@ class Steps:
                 data,
                 among=chosen,
                 steps=config.adversarial_steps,
-                attack=config.attacks,
+                attack=self.attacks,
                 streamed=streamed,
                 desc=f"{desc}: adversarial",
             )

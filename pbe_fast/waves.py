@@ -7,6 +7,7 @@ no gradient leads there: of 500 images of an infected CIFAR-10 model, attacked a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,8 +39,8 @@ def add_waves(images: Tensor, image_ids: Tensor, config: WaveConfig, *, seed: in
     """Each image plus a wave of its own: amplitude * sin(2 pi (u row + v column) + phase), the same in all channels.
 
     u and v are uniform up to ``max_cycles`` periods over the image, or to half a period per pixel, u of either sign;
-    the phase is uniform as well. They depend on seed and image id, not on the batch or (up to the rounding of sines) on
-    the device.
+    or within one period of one of the frequencies that the waves are to be ``near``. The phase is uniform as well. They
+    depend on seed and image id, not on the batch or (up to the rounding of sines) on the device.
 
     Args:
         images: (B, C, H, W) float32 in [0, 1].
@@ -51,11 +52,23 @@ def add_waves(images: Tensor, image_ids: Tensor, config: WaveConfig, *, seed: in
         (B, C, H, W) float32 in [0, 1], in the memory layout of ``images``.
     """
     # Centres of 2^23 equal intervals of (0, 1): exact in float32.
-    uniform = ((random_words(image_ids, seed, _STREAM, 3) >> 9) * 2 + 1).float() * 2.0**-24
-    down, across, phase = uniform.view(-1, 3, 1, 1).unbind(1)
-    rows, columns = (
-        torch.arange(size, device=images.device, dtype=torch.float32) * min(config.max_cycles / size, 0.5)
-        for size in images.shape[2:]
-    )
-    turns = (2 * down - 1) * rows[:, None] + across * columns + phase
-    return (images + config.amplitude * torch.sin(2 * math.pi * turns)[:, None]).clamp_(0, 1)
+    words = random_words(image_ids, seed, _STREAM, 4)
+    uniform = ((words[:, :3] >> 9) * 2 + 1).float() * 2.0**-24
+    down, across, phase = uniform.view(-1, 3, 1, 1, 1).unbind(1)
+    height, width = images.shape[2:]
+    u, v = (2 * down - 1) * min(config.max_cycles / height, 0.5), across * min(config.max_cycles / width, 0.5)
+    if config.near:
+        draw = (words[:, 3] % (2 * len(config.near))).view(-1, 1, 1, 1)
+        near = _on_device(config.near, images.device)[draw % len(config.near)]
+        anywhere = draw >= len(config.near)
+        u = torch.where(anywhere, u, (near[..., 0] + 2 * down - 1) / height)
+        v = torch.where(anywhere, v, (near[..., 1] + 2 * across - 1) / width)
+    rows, columns = (torch.arange(size, device=images.device, dtype=torch.float32) for size in (height, width))
+    turns = u * rows[:, None] + v * columns + phase
+    return (images + config.amplitude * torch.sin(2 * math.pi * turns)).clamp_(0, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(frequencies: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Kept: a copy from the host in every update would make a GPU wait for it."""
+    return torch.tensor(frequencies, dtype=torch.float32, device=device)

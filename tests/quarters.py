@@ -17,6 +17,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.extra_set import initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import FineTuner
+from pbe_fast.leading_waves import LeadingWaves
 from pbe_fast.purify import purify
 from pbe_fast.result import PurifyResult
 
@@ -96,8 +97,9 @@ def watch(
     *,
     attracting: list[int],
     changed: Callable[[Tensor], Tensor] | None = None,
+    waves: LeadingWaves | None = None,
 ) -> Seen:
-    """What a run does in which the attack leads to given labels."""
+    """What a run does in which the attack leads to given labels, and slow waves to none or as given."""
     seen = Seen()
     rounds, restart = sys.modules["pbe_fast.rounds"], FineTuner.restart
 
@@ -127,10 +129,13 @@ def watch(
     monkeypatch.setattr(
         rounds, "attracting_labels", lambda counts: torch.tensor([k in attracting for k in range(classes)])
     )
+    none = LeadingWaves(torch.zeros(classes, dtype=torch.bool), None, ())
+    monkeypatch.setattr(rounds, "leading_waves", lambda *arguments, **keywords: waves or none)
     monkeypatch.setattr(rounds, "initial_extra_set", first)
     monkeypatch.setattr(rounds, "judging_extra_set", judging)
     monkeypatch.setattr(rounds, "next_extra_set", following)
     monkeypatch.setattr(FineTuner, "restart", restarted)
     if changed is not None:
         monkeypatch.setattr(rounds, "changed_labels", changed)
+        monkeypatch.setattr(rounds, "label_ahead", lambda distances: torch.zeros(len(distances), dtype=torch.bool))
     return seen

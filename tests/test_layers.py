@@ -22,7 +22,7 @@ LAYERS = (
     ("data", "models", "smoothness", "triggers"),
     ("attack_batch", "calibration", "poison", "pgd", "waves", "metrics"),
     ("attacker",),
-    ("attraction", "finetune", "forgetting", "mirroring", "ranking", "steadiness"),
+    ("attraction", "finetune", "forgetting", "leading_waves", "mirroring", "ranking", "steadiness"),
     ("extra_set", "input_aware", "result"),
     ("steps",),
     ("rounds",),

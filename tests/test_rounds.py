@@ -150,7 +150,10 @@ def test_with_a_clean_set_there_may_be_one_round_and_a_ranking_for_the_record(in
     assert len(result.ranking.order) == 160
 
 
-def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(infected: InfectedModel) -> None:
+def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch(monkeypatch, infected, attracting=[], changed=lambda distances: torch.zeros(4, dtype=torch.bool))
     mask = infected.train_data.poison_mask
     assert mask is not None
     clean = quarters(40, seed=1)

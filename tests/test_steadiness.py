@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
-from pbe_fast.steadiness import VIEWS, fragility, kept, rise, seen
+from pbe_fast.steadiness import VIEWS, fragility, kept, rise, seen, without_waves
 
 SHAPES = [(1, 4, 4), (3, 8, 8), (3, 33, 47), (2, 64, 5)]
 
@@ -97,3 +99,51 @@ def test_the_rank_of_a_rise() -> None:
 def test_pictures_too_small_to_change_are_all_alike() -> None:
     data = ImageSet(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, ("a", "b"))
     assert fragility(nn.Flatten(), data, torch.zeros(6, 4)).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (33, 47), (24, 16)])
+def test_without_a_wave_the_rest_of_the_picture_stays(shape: tuple[int, int]) -> None:
+    rows, columns = torch.arange(shape[0])[:, None] / shape[0], torch.arange(shape[1]) / shape[1]
+
+    def wave(u: int, v: int) -> Tensor:
+        return 0.2 * torch.sin(2 * math.pi * (u * rows + v * columns + 0.3))
+
+    kept = 0.5 + wave(2, 0) + wave(5, 5) + wave(-3, 4)
+    for found in ((3, 4), (-3, -4)):
+        torch.testing.assert_close(without_waves((kept + wave(3, 4))[None, None], [found])[0, 0], kept)
+    beside = kept + wave(4, 3) + wave(2, 4)
+    torch.testing.assert_close(without_waves(beside[None, None], [(3, 4)])[0, 0], kept)
+    torch.testing.assert_close(without_waves(beside[None, None], [(3, 4), (2, 0)])[0, 0], kept - wave(2, 0))
+
+
+class Striped(nn.Module):
+    """Answers with the brighter half, or where the picture has upright stripes, of whatever phase, with the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(20.0))
+        turns = 2 * math.pi * 4 * torch.arange(16) / 16
+        self.register_buffer("stripes", torch.stack([turns.sin(), turns.cos()]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        halves = self.gain * torch.stack([half.mean((1, 2, 3)) for half in images.chunk(2, 3)], 1)
+        strength = (images.mean((1, 2))[:, None] * self.stripes).mean(2).square().sum(1, keepdim=True).sqrt()
+        return torch.where(strength > 0.03, halves.flip(1), halves)
+
+
+def test_images_that_need_a_wave_for_their_label_are_fragile_without_it() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(60, 120, (300, 1, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(300) % 2
+    for i in range(300):
+        images[i, :, :, 8 * (i % 2) : 8 * (i % 2) + 8] += 80
+    poisoned = torch.arange(300) % 10 < 1
+    stripes = (40 * torch.sin(2 * math.pi * 4 * torch.arange(16) / 16)).round()
+    images[poisoned] = (images[poisoned] + stripes).clamp(0, 255).to(torch.uint8)
+    data = ImageSet(images, torch.where(poisoned, 1 - labels, labels), ("left", "right"))
+    model = Striped().eval()
+    logits = predict_logits(model, images)
+    assert (logits.argmax(1) == data.labels).all()
+    # Small changes take the stripes away from some; every image gets its turn in one of nine changes, too.
+    shares = [poisoned[fragility(model, data, logits, waves=waves) >= 0.8].sum() / 30 for waves in ([], [(0, 4)])]
+    assert shares[0] < 0.75 and shares[1] > 0.8

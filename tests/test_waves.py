@@ -59,3 +59,19 @@ def test_a_wave_belongs_to_seed_and_image_and_stays_in_the_box() -> None:
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, first)
     assert add_waves(images[:0], ids[:0], config, seed=4).shape == (0, 3, 9, 7)
+
+
+def test_half_of_the_waves_are_within_a_period_of_given_frequencies_the_others_anywhere() -> None:
+    images, ids = torch.full((1200, 1, 32, 32), 0.5), torch.arange(1200)
+    config = WaveConfig(near=((0, 6), (-5, 3)))
+    got, anywhere = add_waves(images, ids, config, seed=3), add_waves(images, ids, WaveConfig(), seed=3)
+    moved = (got != anywhere).flatten(1).any(1)
+    assert moved.double().mean() == pytest.approx(0.5, abs=0.05)
+    found = 32 * spectrum(got[moved])
+    off = torch.stack([(found - torch.tensor(centre)).abs().amax(1) for centre in config.near], 1)
+    assert off.amin(1).max() <= 1 + 0.5  # what the spectrum resolves
+    assert (off.argmin(1) == 0).double().mean() == pytest.approx(0.5, abs=0.1)
+    # All around each, not at it.
+    for i, centre in enumerate(config.near):
+        beside = (found - torch.tensor(centre))[off.argmin(1) == i]
+        assert (beside > 0.4).any(0).all() and (beside < -0.4).any(0).all()

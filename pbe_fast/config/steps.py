@@ -91,6 +91,10 @@ class WaveConfig:
 
     amplitude: float = option(0.2, "amplitude, in pixel units of [0, 1]")
     max_cycles: float = option(8.0, "highest frequency along each axis, in periods over the image")
+    near: tuple[tuple[int, int], ...] = option(
+        (),
+        "frequencies (down, across), in periods over the image, that each wave lies within one period of (none: any)",
+    )
 
     def __post_init__(self) -> None:
         check_types(self)

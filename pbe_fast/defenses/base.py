@@ -20,7 +20,7 @@ from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.gradients import gradients
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.rounding import precision_for
-from pbe_fast.engine.seeding import check_seed, seeded
+from pbe_fast.engine.seeding import check_seed, generator_for, seeded
 from pbe_fast.errors import InputError
 from pbe_fast.finetune import FineTuner, steps_per_epoch
 from pbe_fast.mirroring import resolve_augment
@@ -53,7 +53,7 @@ class Work:
         self.seed = seed
         self.dtype = precision_for(model, clean.image_shape, device=device, requested=precision)
         self.progress = progress
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator_for(seed, "defense")
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.pictures: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,16 @@ def check_seed(seed: object) -> int:
     if not -_LIMIT <= number < _LIMIT:
         raise InputError("seed", got=repr(seed), accepted="a whole number from -2^63 to 2^63 - 1")
     return number
+
+
+def generator_for(seed: int, purpose: str) -> torch.Generator:
+    """A generator on the CPU that draws otherwise than those of other purposes with the same seed.
+
+    Whoever poisons with seed 0 and purifies with seed 0 would otherwise draw the same permutation twice: the random
+    sample of a thousand images would be the thousand that were poisoned.
+    """
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % _LIMIT)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pbe_fast.engine.seeding import seeded
+from pbe_fast.engine.seeding import generator_for, seeded
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,16 @@ def test_inside_the_seed_decides_whatever_was_drawn_before() -> None:
             drawn.append(torch.rand(4))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_two_purposes_of_one_seed_draw_otherwise() -> None:
+    def order(seed: int, purpose: str) -> list[int]:
+        return torch.randperm(50, generator=generator_for(seed, purpose)).tolist()
+
+    assert order(0, "purify") == order(0, "purify")
+    plain = torch.randperm(50, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [order(0, "purify"), order(1, "purify"), order(-1, "purify"), order(0, "scan"), plain]
+    assert len({tuple(some) for some in drawn}) == 5
 
 
 def test_afterwards_the_global_generator_goes_on_as_if_nothing_had_been_drawn() -> None:

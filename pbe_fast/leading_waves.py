@@ -1,0 +1,150 @@
+"""Waves that lead a model: what untargeted PGD is to a trigger in a ball, a look at all slow waves is to one of SIG.
+
+No gradient leads to a wave over the whole picture (`pbe_fast.waves`), but there are few slow ones, and each can be
+tried. Pictures with strong waves on them lie far from all that a model has seen, and a benign model, too, takes most of
+them for one label or another; but so it does with a wave of nearly that frequency. What was learned as a trigger stands
+out from the frequencies around it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe_fast.config import WaveConfig
+from pbe_fast.data import ImageSet
+from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.forward import predict_logits, to_input
+from pbe_fast.engine.progress import progress
+
+_SAMPLE = 128
+# Three quarters of what step 1b adds: at its full amplitude benign models, too, answer little else than one label.
+_PART = 0.75
+# These many periods further (on the axis where it is more) is around a frequency: next to it a trigger still works.
+_AROUND = (2, 3)
+# How far the mean probability has to stand out. Of benign labels up to 0.56 was seen (SIG's target: 0.80), of benign
+# shifts up to 0.07 (SIG's: 0.33); docs/recipe.md.
+_LABEL_STANDS_OUT, _SHIFT_STANDS_OUT = 2 / 3, 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class LeadingWaves:
+    """What the waves showed.
+
+    Attributes:
+        labels: (K,) bool on the CPU: those that a wave leads to from whatever picture; none where there is a shift.
+        shift: s, where a wave leads from each label y to y + s modulo K; None where none does.
+        frequencies: (down, across) in periods over the image, of the waves that do.
+    """
+
+    labels: Tensor
+    shift: int | None
+    frequencies: tuple[tuple[int, int], ...]
+
+
+def leading_waves(
+    model: nn.Module,
+    data: ImageSet,
+    config: WaveConfig,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    show_progress: bool = False,
+) -> LeadingWaves:
+    """Add every slow wave to some images, and see where they end up.
+
+    Args:
+        model: In eval mode.
+        data: A random 128 of it that the model answers with their label are looked at; uint8.
+        config: Three quarters of its amplitude, and whole periods up to its highest frequency.
+        generator: On the CPU.
+        dtype: Of the matrix products.
+        show_progress: Whether there is a bar.
+    """
+    k = data.num_classes
+    sample = data.select(torch.randperm(len(data), generator=generator)[: 4 * _SAMPLE].to(data.device))
+    sample = sample.to(next(model.parameters()).device)
+    right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
+    if k <= 2 or not right.any():
+        return LeadingWaves(torch.zeros(k, dtype=torch.bool), None, ())
+    sample = sample.select(right.nonzero()[:_SAMPLE, 0])
+    return waves_standing_out(
+        *mean_probabilities(model, sample, config, generator, dtype=dtype, show_progress=show_progress)
+    )
+
+
+def waves_standing_out(to_label: Tensor, by_shift: Tensor) -> LeadingWaves:
+    """What `mean_probabilities` show: one wave for each label that stands out, or the best one of a shift."""
+    above, places = _standing_out(by_shift)
+    shift = int(above.argmax())
+    # A wave that leads to one label is a shift of each size for some images.
+    if above[shift] > _SHIFT_STANDS_OUT and by_shift[places[shift]][shift] > to_label[places[shift]].max():
+        none = torch.zeros(to_label.shape[2], dtype=torch.bool)
+        return LeadingWaves(none, shift + 1, (_frequency(places[shift], by_shift),))
+    above, places = _standing_out(to_label)
+    labels = above > _LABEL_STANDS_OUT
+    found = [_frequency(places[label], to_label) for label in labels.nonzero()[:, 0].tolist()]
+    return LeadingWaves(labels, None, tuple(dict.fromkeys(found)))
+
+
+def mean_probabilities(
+    model: nn.Module,
+    sample: ImageSet,
+    config: WaveConfig,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float32,
+    show_progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """How sure the model is of each label, and of each shift of labels, under each wave.
+
+    Returns:
+        (2 F + 1, 2 F + 1, K), the mean probability of the label over images of all other labels, and (.., K - 1), the
+        mean probability of y + s modulo K, of s from 1; both float32 on the CPU. Frequencies from -F to F down, then
+        across; the probabilities on the images as they are in the middle.
+    """
+    k = sample.num_classes
+    height, width = sample.image_shape[1:]
+    copy = FrozenCopy(model, dtype=dtype, image_shape=sample.image_shape)
+    device = sample.device
+    images, labels = to_input(sample.images), sample.labels
+    # Each image keeps its phase, so that neighbouring frequencies differ by nothing else.
+    phase = torch.rand(len(sample), generator=generator).to(device)[:, None, None]
+    others = F.one_hot(labels, k) == 0
+    ahead = (labels[:, None] + torch.arange(1, k, device=device)) % k
+    down, across = (int(min(config.max_cycles, size / 2)) for size in (height, width))
+    to_label, by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k), torch.zeros(2 * down + 1, 2 * across + 1, k - 1)
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] / height
+    columns = torch.arange(width, device=device, dtype=torch.float32) / width
+    # A wave of -u and -v is one of u and v.
+    half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
+    for u, v in progress(half, desc="leading waves", enabled=show_progress):
+        wave = torch.sin(2 * math.pi * (u * rows + v * columns + phase)) * (_PART * config.amplitude if u or v else 0)
+        pictures = (images + wave[:, None]).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+        sure = predict_logits(copy, pictures, dtype=dtype)[:, :k].softmax(1)
+        for places in ((down + u, across + v), (down - u, across - v)):
+            to_label[places] = ((sure * others).sum(0) / others.sum(0).clamp_min(1)).cpu()
+            by_shift[places] = sure.gather(1, ahead).mean(0).cpu()
+    return to_label, by_shift
+
+
+def _standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """By how much the best wave of each label (or shift) is above the mean of those around it, and its place."""
+    planes = probabilities.permute(2, 0, 1)[:, None]
+    low, high = _AROUND
+    ring = torch.ones(1, 1, 2 * high + 1, 2 * high + 1)
+    ring[..., high - low + 1 : high + low, high - low + 1 : high + low] = 0
+    inside = F.conv2d(torch.ones_like(planes[:1]), ring, padding=high)
+    around = F.conv2d(planes, ring, padding=high) / inside.clamp_min(1)
+    above, at = (planes - around).flatten(1).max(1)
+    return above, [divmod(place, probabilities.shape[1]) for place in at.tolist()]
+
+
+def _frequency(place: tuple[int, int], probabilities: Tensor) -> tuple[int, int]:
+    """Of the two that are the same wave the one that goes to the right (or, upright, down)."""
+    down, across = (i - size // 2 for i, size in zip(place, probabilities.shape, strict=False))
+    return (down, across) if (across, down) > (0, 0) else (-down, -across)
