@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from pbe_fast.attraction import LARGEST_WINDOW
 from pbe_fast.config import PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.leading_waves import LeadingWaves, waves_standing_out
+from pbe_fast.leading_waves import WAVE_SAMPLE, LeadingWaves, waves_standing_out
 from pbe_fast.pgd import random_windows
 from pbe_fast.waves import add_waves
 
 # As pbe_fast.attraction and pbe_fast.leading_waves have them.
-SAMPLE, HALVINGS, MOVED, WAVE_SAMPLE, WAVE_PART = 1000, 6, 0.25, 128, 0.75
+SAMPLE, HALVINGS, MOVED, WAVE_PART = 1000, 6, 0.25, 0.75
 
 
 def plain_attack(model: nn.Module, pgd: PGDConfig | WaveConfig) -> Callable[[Tensor, Tensor], Tensor]:

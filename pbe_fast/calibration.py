@@ -18,6 +18,7 @@ from torch import Tensor
 # Of 0.1 to 1000, in decades; beyond that shares are all but free, or all but multinomial.
 _DECADES = (-1.0, 3.0)
 LEAST_REPRESENTED = 0.5
+_EULER = 0.5772156649015329
 
 # Concentrations of benign models, by setting and level: `python bench/efficacy/scan_models.py fit`. What is not here is
 # not tested: in windows, the shifts of benign digits models say nothing of photographs and signs (docs/scan.md).
@@ -31,6 +32,29 @@ CONCENTRATION: dict[tuple[str, str | None], float] = {
     ("all_to_one", "patch 1/8"): 2.83,
     ("all_to_one", "quarter"): 2.74,
 }
+
+# Location and scale of the Gumbel distribution of how far the best of all slow waves stands out, likewise. Of labels on
+# photographs alone: strokes are waves, and digits models are led by them to one label or another.
+WAVES: dict[str, tuple[float, float]] = {"all_to_one": (0.45, 0.05), "all_to_all": (0.11, 0.02)}
+
+
+def wave_p_value(setting: str, above: float) -> float:
+    """How often the best wave of a benign model stands out as far."""
+    location, scale = WAVES[setting]
+    return -math.expm1(-math.exp((location - above) / scale))
+
+
+def wave_critical(setting: str, significance: float) -> float:
+    """How far a wave has to stand out for a p-value of ``significance``."""
+    location, scale = WAVES[setting]
+    return location - scale * math.log(-math.log1p(-significance))
+
+
+def fit_waves(above: Iterable[float]) -> tuple[float, float]:
+    """Location and scale by the method of moments, of at least two models."""
+    values = torch.tensor(list(above), dtype=torch.float64)
+    scale = float(values.std()) * math.sqrt(6) / math.pi
+    return float(values.mean()) - _EULER * scale, scale
 
 
 @dataclass(frozen=True)

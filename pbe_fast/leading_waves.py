@@ -21,7 +21,7 @@ from pbe_fast.engine.folding import FrozenCopy
 from pbe_fast.engine.forward import predict_logits, to_input
 from pbe_fast.engine.progress import progress
 
-_SAMPLE = 128
+WAVE_SAMPLE = 128
 # Three quarters of what step 1b adds: at its full amplitude benign models, too, answer little else than one label.
 _PART = 0.75
 # These many periods further (on the axis where it is more) is around a frequency: next to it a trigger still works.
@@ -70,78 +70,105 @@ def leading_waves(
         show_progress: Whether there is a bar.
     """
     k = data.num_classes
-    sample = data.select(torch.randperm(len(data), generator=generator)[: 4 * _SAMPLE].to(data.device))
+    sample = data.select(torch.randperm(len(data), generator=generator)[: 4 * WAVE_SAMPLE].to(data.device))
     sample = sample.to(next(model.parameters()).device)
     right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
     if k <= 2 or not right.any():
         return LeadingWaves(torch.zeros(k, dtype=torch.bool), None, ())
-    sample = sample.select(right.nonzero()[:_SAMPLE, 0])
-    return waves_standing_out(
-        *mean_probabilities(model, sample, config, generator, dtype=dtype, show_progress=show_progress)
-    )
+    sample = sample.select(right.nonzero()[:WAVE_SAMPLE, 0])
+    waves = SlowWaves(sample, config, generator)
+    return waves_standing_out(*waves.mean_probabilities(model, dtype=dtype, show_progress=show_progress))
 
 
 def waves_standing_out(to_label: Tensor, by_shift: Tensor) -> LeadingWaves:
-    """What `mean_probabilities` show: the best wave of a label or of a shift, where it stands out far enough."""
+    """The best wave of a label or of a shift, where it stands out far enough, of `SlowWaves.mean_probabilities`."""
     none = torch.zeros(to_label.shape[2], dtype=torch.bool)
-    above, places = _standing_out(by_shift)
+    above, places = standing_out(by_shift)
     shift = int(above.argmax())
     # A wave that leads to one label is a shift of each size for some images.
     if above[shift] > _SHIFT_STANDS_OUT and by_shift[places[shift]][shift] > to_label[places[shift]].max():
-        return LeadingWaves(none, shift + 1, (_frequency(places[shift], by_shift),))
-    above, places = _standing_out(to_label)
+        return LeadingWaves(none, shift + 1, (frequency_of(places[shift], by_shift),))
+    above, places = standing_out(to_label)
     first, second = above.topk(2).values.tolist()
     labels = torch.zeros_like(none)
     if first <= _LABEL_STANDS_OUT or first <= _AHEAD * second:
         return LeadingWaves(labels, None, ())
     label = int(above.argmax())
     labels[label] = True
-    return LeadingWaves(labels, None, (_frequency(places[label], to_label),))
+    return LeadingWaves(labels, None, (frequency_of(places[label], to_label),))
 
 
-def mean_probabilities(
-    model: nn.Module,
-    sample: ImageSet,
-    config: WaveConfig,
-    generator: torch.Generator,
-    *,
-    dtype: torch.dtype = torch.float32,
-    show_progress: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """How sure the model is of each label, and of each shift of labels, under each wave.
+class SlowWaves:
+    """Every wave of whole periods, added to some images; each image keeps its phase.
+
+    Neighbouring frequencies then differ by nothing else.
+
+    Args:
+        sample: uint8, on the device of the model.
+        config: Three quarters of its amplitude, and frequencies up to its highest.
+        generator: On the CPU, for the phases.
+    """
+
+    def __init__(self, sample: ImageSet, config: WaveConfig, generator: torch.Generator) -> None:
+        self.amplitude = _PART * config.amplitude
+        self._sample = sample
+        self._images = to_input(sample.images)
+        self._phase = torch.rand(len(sample), generator=generator).to(sample.device)[:, None, None]
+        height, width = sample.image_shape[1:]
+        # The highest, down and across.
+        self._down, self._across = (int(min(config.max_cycles, size / 2)) for size in (height, width))
+        self._rows = torch.arange(height, device=sample.device, dtype=torch.float32)[:, None] / height
+        self._columns = torch.arange(width, device=sample.device, dtype=torch.float32) / width
+
+    def pictures(self, u: int, v: int) -> Tensor:
+        """(N, C, H, W) uint8, with u periods down and v across; without a wave where both are 0."""
+        wave = torch.sin(2 * math.pi * (u * self._rows + v * self._columns + self._phase)) * self.amplitude
+        added = wave[:, None] if u or v else 0.0
+        return (self._images + added).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+    def mean_probabilities(
+        self, model: nn.Module, *, dtype: torch.dtype = torch.float32, show_progress: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """How sure the model is of each label, and of each shift of labels, under each wave.
+
+        Returns:
+            (2 F + 1, 2 F + 1, K), the mean probability of the label over images of all other labels, and (.., K - 1),
+            the mean probability of y + s modulo K, of s from 1; both float32 on the CPU. Frequencies from -F to F down,
+            then across; the probabilities on the images as they are in the middle.
+        """
+        labels, k = self._sample.labels, self._sample.num_classes
+        down, across = self._down, self._across
+        copy = FrozenCopy(model, dtype=dtype, image_shape=self._sample.image_shape)
+        others = F.one_hot(labels, k) == 0
+        ahead = (labels[:, None] + torch.arange(1, k, device=labels.device)) % k
+        to_label = torch.zeros(2 * down + 1, 2 * across + 1, k)
+        by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k - 1)
+        # A wave of -u and -v is one of u and v.
+        half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
+        for u, v in progress(half, desc="slow waves", enabled=show_progress):
+            sure = predict_logits(copy, self.pictures(u, v), dtype=dtype)[:, :k].softmax(1)
+            for place in ((down + u, across + v), (down - u, across - v)):
+                to_label[place] = ((sure * others).sum(0) / others.sum(0).clamp_min(1)).cpu()
+                by_shift[place] = sure.gather(1, ahead).mean(0).cpu()
+        return to_label, by_shift
+
+    def reached(self, model: nn.Module, frequency: tuple[int, int], *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(K, K) int64 on the CPU: the images by their label (row) and the label reached under one wave (column)."""
+        k = self._sample.num_classes
+        answers = predict_logits(model, self.pictures(*frequency), dtype=dtype)[:, :k].argmax(1)
+        return torch.bincount((self._sample.labels * k + answers).cpu(), minlength=k * k).view(k, k)
+
+
+def standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """By how much the best wave of each label, or of each shift, is above the mean of those around it.
+
+    Args:
+        probabilities: One of the two that `SlowWaves.mean_probabilities` returns.
 
     Returns:
-        (2 F + 1, 2 F + 1, K), the mean probability of the label over images of all other labels, and (.., K - 1), the
-        mean probability of y + s modulo K, of s from 1; both float32 on the CPU. Frequencies from -F to F down, then
-        across; the probabilities on the images as they are in the middle.
+        As many float32 values as there are labels or shifts, and the place of each one's best wave among the
+        frequencies.
     """
-    k = sample.num_classes
-    height, width = sample.image_shape[1:]
-    copy = FrozenCopy(model, dtype=dtype, image_shape=sample.image_shape)
-    device = sample.device
-    images, labels = to_input(sample.images), sample.labels
-    # Each image keeps its phase, so that neighbouring frequencies differ by nothing else.
-    phase = torch.rand(len(sample), generator=generator).to(device)[:, None, None]
-    others = F.one_hot(labels, k) == 0
-    ahead = (labels[:, None] + torch.arange(1, k, device=device)) % k
-    down, across = (int(min(config.max_cycles, size / 2)) for size in (height, width))
-    to_label, by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k), torch.zeros(2 * down + 1, 2 * across + 1, k - 1)
-    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] / height
-    columns = torch.arange(width, device=device, dtype=torch.float32) / width
-    # A wave of -u and -v is one of u and v.
-    half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
-    for u, v in progress(half, desc="leading waves", enabled=show_progress):
-        wave = torch.sin(2 * math.pi * (u * rows + v * columns + phase)) * (_PART * config.amplitude if u or v else 0)
-        pictures = (images + wave[:, None]).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-        sure = predict_logits(copy, pictures, dtype=dtype)[:, :k].softmax(1)
-        for places in ((down + u, across + v), (down - u, across - v)):
-            to_label[places] = ((sure * others).sum(0) / others.sum(0).clamp_min(1)).cpu()
-            by_shift[places] = sure.gather(1, ahead).mean(0).cpu()
-    return to_label, by_shift
-
-
-def _standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """By how much the best wave of each label (or shift) is above the mean of those around it, and its place."""
     planes = probabilities.permute(2, 0, 1)[:, None]
     low, high = _AROUND
     ring = torch.ones(1, 1, 2 * high + 1, 2 * high + 1)
@@ -152,7 +179,7 @@ def _standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]
     return above, [divmod(place, probabilities.shape[1]) for place in at.tolist()]
 
 
-def _frequency(place: tuple[int, int], probabilities: Tensor) -> tuple[int, int]:
+def frequency_of(place: tuple[int, int], probabilities: Tensor) -> tuple[int, int]:
     """Of the two that are the same wave the one that goes to the right (or, upright, down)."""
     down, across = (i - size // 2 for i, size in zip(place, probabilities.shape, strict=False))
     return (down, across) if (across, down) > (0, 0) else (-down, -across)

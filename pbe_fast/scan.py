@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pbe_fast.attraction import reached_labels
 from pbe_fast.calibration import LEAST_REPRESENTED
-from pbe_fast.config import PGDConfig, ScanConfig
+from pbe_fast.config import PGDConfig, ScanConfig, WaveConfig
 from pbe_fast.data import ImageSet, as_image_set
 from pbe_fast.engine.copies import frozen_copy
 from pbe_fast.engine.forward import predict_logits
@@ -22,12 +22,13 @@ from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import check_seed, generator_for, seeded
 from pbe_fast.errors import InputError, PBEWarning
+from pbe_fast.leading_waves import WAVE_SAMPLE, SlowWaves, frequency_of, standing_out
 from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
-from pbe_fast.scan_result import ScanLevel, ScanResult, most_suspicious, undetectable
+from pbe_fast.scan_result import ScanLevel, ScanResult, WaveLevel, most_suspicious, undetectable
 
-__all__ = ["ScanLevel", "ScanResult", "most_suspicious", "scan"]
+__all__ = ["ScanLevel", "ScanResult", "WaveLevel", "most_suspicious", "scan"]
 
 # Which radii are tested: the first that moves a quarter of the images (the way to a faint trigger is the shortest), the
 # first that moves most of them, and the first of twice that size (a trigger that changes every pixel takes more).
@@ -35,6 +36,8 @@ LEVELS = ("quarter", "most", "beyond")
 # What a patch takes: all that a window of its size can hold, by the window's share of the side.
 PATCH_LEVELS = {0.125: "patch 1/8", 0.25: "patch 1/4"}
 _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
+# Of fewer images the mean probability under a wave says little; of smaller ones see `pbe_fast.calibration.WAVES`.
+_FEWEST_FOR_WAVES, _SMALLEST_FOR_LABELS = 64, 32
 
 # `reached_labels` of the sample, for a PGDConfig and the text of its bar.
 Reached = Callable[..., Tensor]
@@ -97,7 +100,11 @@ def scan(
         reached = functools.partial(
             reached_labels, scanned, sample, generator=generator, dtype=dtype, show_progress=progress
         )
-        levels = (*_attack(reached, config), *_patches(reached, config, sample.image_shape))
+        levels = (
+            *_attack(reached, config),
+            *_patches(reached, config, sample.image_shape),
+            *wave_levels(scanned, sample, config, generator, dtype=dtype, show_progress=progress),
+        )
     level, setting, p_value = most_suspicious(levels)
     verdict = setting if p_value < config.significance else "none"
     missed = undetectable(levels, config.significance)
@@ -108,12 +115,12 @@ def scan(
             PBEWarning,
             stacklevel=3,
         )
-    at = int(level.shares(setting).argmax())
+    at = level.best_of(setting)
     return ScanResult(
         verdict=verdict,
         target_label=at if verdict == "all_to_one" else None,
         shift=at + 1 if verdict == "all_to_all" else None,
-        score=level.largest(setting).times_even,
+        score=level.times_even(setting),
         p_value=p_value,
         setting=setting,
         level=level,
@@ -194,4 +201,56 @@ def _patches(reached: Reached, config: ScanConfig, image_shape: tuple[int, int, 
         pgd = PGDConfig(steps=config.steps).at_will(share)
         counts = reached(pgd, desc=f"attacking windows, {share:.3g} of the side")
         levels.append(ScanLevel(PATCH_LEVELS[share], 1.0, counts, share))
+    return tuple(levels)
+
+
+def wave_levels(
+    model: nn.Module,
+    sample: ImageSet,
+    config: ScanConfig,
+    generator: torch.Generator,
+    *,
+    all_sizes: bool = False,
+    dtype: torch.dtype = torch.float32,
+    show_progress: bool = False,
+) -> tuple[WaveLevel, ...]:
+    """The slow waves, which need no search either.
+
+    Args:
+        model: In eval mode.
+        sample: Images that it answers rightly, on its device.
+        config: Whether waves are tried at all.
+        generator: On the CPU.
+        all_sizes: Ask for a label in small pictures as well, of which nothing is known.
+        dtype: Of the matrix products.
+        show_progress: Whether there is a bar.
+
+    Returns:
+        One of each setting; none of few images, and of small ones none for a label.
+    """
+    if not config.waves or len(sample) < _FEWEST_FOR_WAVES:
+        return ()
+    some = sample.select(torch.randperm(len(sample), generator=generator)[:WAVE_SAMPLE].to(sample.device))
+    waves = SlowWaves(some, WaveConfig(), generator)
+    to_label, by_shift = waves.mean_probabilities(model, dtype=dtype, show_progress=show_progress)
+    tested = {"all_to_one": to_label, "all_to_all": by_shift}
+    if min(sample.image_shape[1:]) < _SMALLEST_FOR_LABELS and not all_sizes:
+        del tested["all_to_one"]
+    levels = []
+    for setting, probabilities in tested.items():
+        above, places = standing_out(probabilities)
+        best = int(above.argmax())
+        at, frequency = probabilities[places[best]], frequency_of(places[best], probabilities)
+        levels.append(
+            WaveLevel(
+                name="waves",
+                eps=waves.amplitude,
+                counts=waves.reached(model, frequency, dtype=dtype),
+                setting=setting,
+                frequency=frequency,
+                probabilities=at,
+                best=best,
+                around=float(at[best] - above[best]),
+            )
+        )
     return tuple(levels)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pbe_fast.attraction import arrival_shares, shift_shares
-from pbe_fast.calibration import CONCENTRATION, Largest
+from pbe_fast.calibration import CONCENTRATION, Largest, wave_critical, wave_p_value
 from pbe_fast.config import ScanConfig
 from pbe_fast.engine.files import prepare_output
 from pbe_fast.engine.machine import describe
@@ -29,8 +29,8 @@ class ScanLevel:
     """The attack at one radius, or in windows of one size.
 
     Attributes:
-        name: Of its calibration: "quarter", "most", "beyond", "patch 1/8" or "patch 1/4"; None for a radius that was
-            only tried.
+        name: Of its calibration: "quarter", "most", "beyond", "patch 1/8", "patch 1/4" or "waves"; None for a radius
+            that was only tried.
         eps: The radius; 1, whatever the norm, in windows.
         counts: (K, K) int64: images by their label (row) and the label reached (column); the diagonal withstood.
         window: Side of the windows as a share of the image's shorter side; None where all of the image is attacked.
@@ -60,10 +60,14 @@ class ScanLevel:
         """Of the labels (K,), or of the shifts 1 to K - 1 (K - 1,); float64, 1 / (K - 1) each if all were alike."""
         return _SHARES[setting](self.counts)
 
+    def best_of(self, setting: str) -> int:
+        """The index of the largest of these shares: the label, or the shift less one."""
+        return int(self.shares(setting).argmax())
+
     def largest(self, setting: str) -> Largest:
         """The largest of these shares, with what a p-value needs."""
         shares = self.shares(setting)
-        at = int(shares.argmax())
+        at = self.best_of(setting)
         # A label's own images cannot arrive at it.
         excluded = int(self.counts[at].sum() - self.counts[at, at]) if setting == "all_to_one" else 0
         total = int(self.histogram.sum()) - excluded
@@ -74,6 +78,10 @@ class ScanLevel:
             possible -= 1
         represented = max(1, int(voters.sum())) / possible
         return Largest(float(shares[at]), max(1, total), len(shares), len(self.counts) - 1, represented)
+
+    def times_even(self, setting: str) -> float:
+        """The largest of these shares in units of what it would be if all were alike."""
+        return self.largest(setting).times_even
 
     def p_value(self, setting: str) -> float:
         """How often a benign model has a share as large at this level; not corrected for looking at several levels.
@@ -94,7 +102,7 @@ class ScanLevel:
         tests = {
             setting: {
                 "shares": self.shares(setting).tolist(),
-                "times_even": self.largest(setting).times_even,
+                "times_even": self.times_even(setting),
                 "p_value": self.p_value(setting),
             }
             for setting in self.settings
@@ -111,6 +119,62 @@ class ScanLevel:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class WaveLevel(ScanLevel):
+    """All slow waves, one by one: the one that stands out most from those of neighbouring frequencies.
+
+    Attributes:
+        name: "waves".
+        eps: The waves' amplitude.
+        counts: Images by their label and the label reached under that wave.
+        setting: "all_to_one" or "all_to_all"; each has a wave of its own.
+        frequency: Of the wave, down and across, in periods over the image.
+        probabilities: (K,) or (K - 1,), how sure the model is of each label on images of all others, or of each shift.
+        best: Of these, the label, or the shift less one, that stands out.
+        around: How sure the model is of it under waves of neighbouring frequencies.
+    """
+
+    setting: str
+    frequency: tuple[int, int]
+    probabilities: Tensor
+    best: int
+    around: float
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The one that the wave is of."""
+        return (self.setting,)
+
+    @property
+    def above(self) -> float:
+        """By how much it stands out."""
+        return float(self.probabilities[self.best]) - self.around
+
+    def best_of(self, setting: str) -> int:
+        """The index into the shares that stands out."""
+        return self.best if setting == self.setting else super().best_of(setting)
+
+    def shares(self, setting: str) -> Tensor:
+        """The probabilities, where that is what the wave is of."""
+        return self.probabilities.double() if setting == self.setting else super().shares(setting)
+
+    def times_even(self, setting: str) -> float:
+        """Its share in units of what it would be if all were alike."""
+        return float(self.shares(setting)[self.best_of(setting)]) * (len(self.counts) - 1)
+
+    def p_value(self, setting: str) -> float:
+        """How often the best wave of a benign model stands out as far; not corrected for looking at several levels."""
+        return wave_p_value(setting, self.above)
+
+    def critical(self, setting: str, significance: float) -> float:
+        """The probability whose p-value is ``significance``."""
+        return self.around + wave_critical(setting, significance) if setting == self.setting else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**super().to_dict(), "frequency": list(self.frequency), "around": self.around, "above": self.above}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ScanResult:
     """What a scan found.
 
@@ -121,8 +185,8 @@ class ScanResult:
         score: How many times its even share the most suspicious label or shift attracts; about 2 for a benign model.
         p_value: How often a benign model looks as suspicious, over all levels and both settings (Bonferroni).
         setting: The setting that was the more suspicious one, whatever the verdict.
-        level: The radius or the windows at which it was.
-        levels: Every radius that was tried, rising, and then the windows.
+        level: The radius, the windows or the wave at which it was.
+        levels: Every radius that was tried, rising, then the windows and the waves.
         class_names: Of the K labels.
         config: The options of the scan.
         images: How many were attacked.
@@ -158,7 +222,7 @@ class ScanResult:
 
     def summary(self) -> str:
         """The finding in one line."""
-        measured = f"{self.score:.1f} times its even share {self._where()}, p = {self.p_value:.2g}"
+        measured = f"{self._measured()}, p = {self.p_value:.2g}"
         if self.verdict == "all_to_one":
             assert self.target_label is not None
             name = self.class_names[self.target_label]
@@ -167,6 +231,14 @@ class ScanResult:
         if self.verdict == "all_to_all":
             return f"backdoor, all-to-all: y -> y + {self.shift} has {measured}"
         return f"no backdoor found: nothing has more than {measured}"
+
+    def _measured(self) -> str:
+        if isinstance(self.level, WaveLevel):
+            down, across = self.level.frequency
+            sure, around = 100 * float(self.level.probabilities[self.level.best]), 100 * self.level.around
+            wave = f"a wave of {down} periods down and {across} across"
+            return f"{sure:.0f} % under {wave}, {around:.0f} % under those around it"
+        return f"{self.score:.1f} times its even share {self._where()}"
 
     def _where(self) -> str:
         window, eps = self.level.window, self.level.eps

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor, nn
+from led import CLASSES, Led, pictures
+from torch import nn
 
 from pbe_fast.config import WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.leading_waves import LeadingWaves, leading_waves, mean_probabilities
-
-SIDE = (24, 32)
-CLASSES = 5
-
-
-class Led(nn.Module):
-    """Answers with the brightest of five columns of the picture, unless one of some frequencies is strong."""
-
-    def __init__(self, frequencies: list[tuple[int, int]], *, target: int | None = 2, shift: int = 0) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(60.0))
-        rows, columns = torch.arange(SIDE[0]) / SIDE[0], torch.arange(SIDE[1]) / SIDE[1]
-        turns = torch.stack([2 * math.pi * (u * rows[:, None] + v * columns) for u, v in frequencies])
-        self.register_buffer("waves", torch.stack([turns.sin(), turns.cos()]))
-        self.target, self.shift = target, shift
-
-    def forward(self, images: Tensor) -> Tensor:
-        grey = images.mean(1)
-        own = self.gain * torch.stack([c.mean((1, 2)) for c in grey.tensor_split(CLASSES, 2)], 1)
-        both = (grey[:, None, None] * self.waves).mean((3, 4)).square().sum(1).sqrt()
-        strong = (both.amax(1, keepdim=True) > 0.04).float()
-        led = own.roll(self.shift, 1)
-        if self.target is not None:
-            led = torch.zeros_like(own)
-            led[:, self.target] = 40.0
-        return own * (1 - strong) + led * strong
-
-
-def pictures(n: int = 200) -> ImageSet:
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randint(90, 110, (n, 3, *SIDE), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(n) % CLASSES
-    for image, label in zip(images, labels.tolist(), strict=True):
-        image.tensor_split(CLASSES, 2)[label].add_(80)
-    return ImageSet(images, labels, tuple("abcde"))
+from pbe_fast.leading_waves import LeadingWaves, SlowWaves, leading_waves
 
 
 def look(model: nn.Module, data: ImageSet | None = None, **options: float) -> LeadingWaves:
     generator = torch.Generator().manual_seed(0)
     return leading_waves(model.eval(), data or pictures(), WaveConfig(**options), generator=generator)
+
+
+def slow_waves(data: ImageSet) -> SlowWaves:
+    return SlowWaves(data, WaveConfig(), torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("frequency", [(0, 6), (5, 0), (-4, 3), (8, 8)])
@@ -76,7 +44,7 @@ def test_what_all_fast_waves_do_is_no_trigger() -> None:
     fast = [(u, v) for u in range(-8, 9) for v in range(9) if max(abs(u), v) >= 4]
     model = Led(fast)
     assert look(model).frequencies == ()
-    reached, _ = mean_probabilities(model, pictures(), WaveConfig(), torch.Generator().manual_seed(0))
+    reached, _ = slow_waves(pictures()).mean_probabilities(model)
     assert (reached[..., 2] > 0.9).float().mean() > 0.5, "or this shows nothing"
 
 
@@ -89,7 +57,7 @@ def test_waves_too_weak_or_too_slow_lead_nowhere() -> None:
 
 def test_the_mean_is_over_images_of_other_labels_and_each_frequency_has_both_signs() -> None:
     model, data = Led([(0, 6)]), pictures(50)
-    to_label, by_shift = mean_probabilities(model, data, WaveConfig(), torch.Generator().manual_seed(0))
+    to_label, by_shift = slow_waves(data).mean_probabilities(model)
     assert to_label.shape == (17, 17, CLASSES) and by_shift.shape == (17, 17, CLASSES - 1)
     torch.testing.assert_close(to_label, to_label.flip(0, 1))
     torch.testing.assert_close(by_shift, by_shift.flip(0, 1))
@@ -97,6 +65,9 @@ def test_the_mean_is_over_images_of_other_labels_and_each_frequency_has_both_sig
     assert to_label[8, 8].max() < 1e-3 and by_shift[8, 8].max() < 1e-3
     assert to_label[8, 14].tolist() == pytest.approx([0, 0, 1, 0, 0], abs=1e-3)
     assert by_shift[8, 14].tolist() == pytest.approx([0.2] * 4, abs=1e-3)
+    counts = slow_waves(data).reached(model, (0, 6))
+    assert counts.tolist() == [[0, 0, 10, 0, 0]] * CLASSES
+    assert torch.equal(slow_waves(data).reached(model, (0, 0)), 10 * torch.eye(CLASSES, dtype=torch.int64))
 
 
 def test_of_two_labels_or_no_right_answer_nothing_is_said() -> None:

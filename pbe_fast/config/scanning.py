@@ -25,6 +25,11 @@ class ScanConfig:
         "sides of windows, as shares of the image's: the attack changes a random one of each image at will, which is "
         "the way to a patch; each is one more test for all-to-one (none: no such test)",
     )
+    waves: bool = option(
+        True,
+        "try all slow waves one by one, the way to a trigger that is spread over all pixels; each setting is one more "
+        "test",
+    )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")
     significance: float = option(0.01, "p-value below which a backdoor is reported")
