@@ -251,6 +251,7 @@ def wave_levels(
                 probabilities=at,
                 best=best,
                 around=float(at[best] - above[best]),
+                next_above=float(above.sort(descending=True).values[1]),
             )
         )
     return tuple(levels)

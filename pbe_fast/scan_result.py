@@ -122,6 +122,9 @@ class ScanLevel:
 class WaveLevel(ScanLevel):
     """All slow waves, one by one: the one that stands out most from those of neighbouring frequencies.
 
+    What is tested is how far it stands out beyond the best wave of any other label (or shift): where waves stand out at
+    all, they do of several.
+
     Attributes:
         name: "waves".
         eps: The waves' amplitude.
@@ -131,6 +134,7 @@ class WaveLevel(ScanLevel):
         probabilities: (K,) or (K - 1,), how sure the model is of each label on images of all others, or of each shift.
         best: Of these, the label, or the shift less one, that stands out.
         around: How sure the model is of it under waves of neighbouring frequencies.
+        next_above: By how much the best wave of the next label or shift stands out from those around it.
     """
 
     setting: str
@@ -138,6 +142,7 @@ class WaveLevel(ScanLevel):
     probabilities: Tensor
     best: int
     around: float
+    next_above: float
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -148,6 +153,11 @@ class WaveLevel(ScanLevel):
     def above(self) -> float:
         """By how much it stands out."""
         return float(self.probabilities[self.best]) - self.around
+
+    @property
+    def ahead(self) -> float:
+        """By how much more than the next."""
+        return self.above - self.next_above
 
     def best_of(self, setting: str) -> int:
         """The index into the shares that stands out."""
@@ -162,16 +172,23 @@ class WaveLevel(ScanLevel):
         return float(self.shares(setting)[self.best_of(setting)]) * (len(self.counts) - 1)
 
     def p_value(self, setting: str) -> float:
-        """How often the best wave of a benign model stands out as far; not corrected for looking at several levels."""
-        return wave_p_value(setting, self.above)
+        """How often the best wave of a benign model is as far ahead; not corrected for looking at several levels."""
+        return wave_p_value(setting, self.ahead)
 
     def critical(self, setting: str, significance: float) -> float:
         """The probability whose p-value is ``significance``."""
-        return self.around + wave_critical(setting, significance) if setting == self.setting else math.inf
+        if setting != self.setting:
+            return math.inf
+        return self.around + self.next_above + wave_critical(setting, significance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**super().to_dict(), "frequency": list(self.frequency), "around": self.around, "above": self.above}
+        return {
+            **super().to_dict(),
+            "frequency": list(self.frequency),
+            "around": self.around,
+            "next_above": self.next_above,
+        }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
