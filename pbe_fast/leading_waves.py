@@ -28,9 +28,9 @@ _PART = 0.75
 _AROUND = (2, 3)
 # How far the mean probability has to stand out for a shift. Of benign ones up to 0.16 was seen, of SIG's 0.21 and more.
 _SHIFT_STANDS_OUT = 0.2
-# And for a label, which also has to be so many times ahead of the next. SIG's targets: from 0.80 on, 1.35 times and more.
-# Benign ones: CIFAR-10 up to 0.56; GTSRB up to 0.76, but no more than 1.2 times where above 0.75. Strokes are waves, and
-# of eight benign digits models one would be taken for infected (0.77, 1.6 times). docs/recipe.md
+# And for a label, which also has to be so many times ahead of the next. SIG's targets: 0.80 and more, 1.35 times ahead
+# and more. Benign ones: CIFAR-10 up to 0.56; GTSRB up to 0.76, but no more than 1.2 times ahead where above 0.75. Of
+# eight benign digits models one would be taken for infected (0.77, 1.6 times): strokes are waves. See docs/recipe.md.
 _LABEL_STANDS_OUT, _AHEAD = 0.75, 1.25
 
 
