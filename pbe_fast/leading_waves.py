@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class LeadingWaves:
     labels: Tensor
     shift: int | None
     frequencies: tuple[tuple[int, int], ...]
+
+    def finding(self) -> dict[str, Any]:
+        """Plain values for the history of a run, as its entry "wave"; empty where nothing was found."""
+        if not self.frequencies:
+            return {}
+        ((down, across),) = self.frequencies
+        leads = {"label": int(self.labels.int().argmax())} if self.shift is None else {"shift": self.shift}
+        return {"wave": {"down": down, "across": across, **leads}}
 
 
 def leading_waves(

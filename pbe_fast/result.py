@@ -46,10 +46,10 @@ class PurifyResult:
             rounds); None where none was given.
         history: Of PBE one entry per round: ``extra_set_size``, ``adversarial_loss`` and ``clean_loss`` (the mean over
             the images of steps 1b and 2, None where a step has no updates), ``seconds`` by phase (adversarial, clean,
-            ranking), ``labels_apart`` (whose images were chosen with more care), of the first round ``waves``
-            (frequencies, down and across in periods over the image, of a wave that led the infected model to a label or
-            from each to another), and where the truth is known ``ap_of_poisoned``, ``ap_of_clean`` and
-            ``extra_set_poison_rate``.
+            ranking), ``labels_apart`` (whose images were chosen with more care), of the first round
+            ``wave`` where one led the infected model to a ``label``, or by a ``shift`` from each to another (``down``
+            and ``across`` in periods over the image), and where the truth is known ``ap_of_poisoned``,
+            ``ap_of_clean`` and ``extra_set_poison_rate``.
             Of another defence one entry per ``step``, with its ``seconds`` and what it found as ``finding``.
         config: The options of the run.
         seed: Of the run.

@@ -42,7 +42,7 @@ class Run(Steps):
         """Steps 1 and 2 on the clean images; then, where there is a training set, on what of it ranks clean."""
         waves = self._leading_waves(clean)
         entry = self._purify_model(clean, teacher=self.infected, desc="round 0")
-        entry["waves"] = [list(frequency) for frequency in waves.frequencies]
+        entry |= waves.finding()
         if train is None:
             self._finish_round(0, entry)
             self._look_for_forgotten(clean)
@@ -94,7 +94,7 @@ class Run(Steps):
         teacher = self.infected if suspects.any() else None
         # Steps 1 and 2: theta^0 becomes theta^1; step 3
         entry = self._purify_model(train, chosen, teacher=teacher, where_right=True, desc="round 0")
-        entry["waves"] = [list(frequency) for frequency in waves.frequencies]
+        entry |= waves.finding()
         ranking, agrees = self._rank(train, infected_logits)
         self._finish_round(0, entry | _found(ranking, train, suspects, chosen), ranking)
         fractions = self.config.fractions[1:]

@@ -58,7 +58,7 @@ def test_the_label_that_a_wave_leads_to_is_left_out_and_ranks_by_all_rounds(
     assert seen.left_out == [[1, 6]] and seen.fragile == [False] and seen.taught == ["right", None, None]
     assert all(entry["labels_apart"] == [1, 6] for entry in result.history)
     assert asked == [[6], [6]]
-    assert result.history[0]["waves"] == [[-1, 2]] and "waves" not in result.history[1]
+    assert result.history[0]["wave"] == {"down": -1, "across": 2, "label": 6} and "wave" not in result.history[1]
     assert result.seconds["leading waves"] > 0
     # Step 1b looks where the trigger is, in every round.
     near = ((-1, 2),)
@@ -80,6 +80,7 @@ def test_a_shift_leaves_no_label_out_and_makes_images_fragile_that_need_the_wave
     assert seen.left_out == [[]] and seen.fragile == [True] and seen.steady == [True, True]
     assert seen.taught == [None] * 3
     assert without == [((-1, 2),)]
+    assert result.history[0]["wave"] == {"down": -1, "across": 2, "shift": 1}
     assert "attracting labels" not in result.seconds and "labels left out: adversarial" not in result.seconds
     assert all(wave.near == ((-1, 2),) for turn in turns for wave in turn) and len(turns) == 3
 
@@ -101,11 +102,11 @@ def test_with_a_clean_set_it_is_looked_for_there(
     assert [entry["labels_apart"] for entry in result.history] == [[3, 5]] * 2
     assert all(wave.near == ((-1, 2),) for turn in turns for wave in turn) and len(turns) == 2
     alone = run(of_eight.model, None, clean)
-    assert alone.history[0]["waves"] == [[-1, 2]]
+    assert alone.history[0]["wave"] == {"down": -1, "across": 2, "label": 3}
 
 
 def test_without_turns_of_waves_none_is_looked_for(of_eight: InfectedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     watch(monkeypatch, of_eight, attracting=[], waves=led([3]))
     result = run(of_eight.model, of_eight.train_data, wave_amplitudes=())
-    assert "leading waves" not in result.seconds and result.history[0]["waves"] == []
+    assert "leading waves" not in result.seconds and "wave" not in result.history[0]
     assert all(entry["labels_apart"] == [] for entry in result.history)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbe_fast.cli.texts import ranking_text
+from pbe_fast.cli.texts import findings_text, ranking_text
 from pbe_fast.config import PurifyConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.errors import InputError, OutputError
@@ -123,3 +123,17 @@ def test_reports_merge_and_hold_nothing_that_json_lacks() -> None:
     assert json.loads(json.dumps(plain(values), allow_nan=False)) == {
         "x": [1, None], "y": {"2": "z"}, "n": None, "b": True,
     }  # fmt: skip
+
+
+def test_findings_are_told_as_lines() -> None:
+    history = [
+        {"step": "pruning", "finding": "pruned 3 of 8"},
+        {"round": 0, "wave": {"down": 0, "across": 6, "label": 1}},
+        {"round": 1},
+        {"round": 0, "wave": {"down": -2, "across": 3, "shift": 4}},
+    ]
+    assert findings_text(history, ["cat", "dog"]) == [
+        "pruning: pruned 3 of 8",
+        "a wave of 0 periods down and 6 across the picture led the infected model to dog",
+        "a wave of -2 periods down and 3 across the picture led the infected model from y to y + 4",
+    ]

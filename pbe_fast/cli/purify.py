@@ -198,7 +198,8 @@ def purify(
     if result.profile is not None:
         console.note(result.profile.table())
     lines = [metrics_table(named_models(metrics, method))] if "test" in sets else []
-    lines += findings_text(result.history)
+    names = next(sets[part] for part in ("train", "clean") if sets.get(part) is not None).class_names
+    lines += findings_text(result.history, names)
     lines.append(ranking_text(report["ranking"]) if "ranking" in report else "no training images were given to rank")
     console.result("\n".join(lines), report)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,9 +20,19 @@ def ranking_text(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def findings_text(history: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the steps of a defence found, where they say so."""
-    return [f"{entry['step']}: {entry['finding']}" for entry in history if "finding" in entry]
+def findings_text(history: Iterable[Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
+    """What the steps of a defence, or the first round of PBE, found, where they say so."""
+    lines = []
+    for entry in history:
+        if "finding" in entry:
+            lines.append(f"{entry['step']}: {entry['finding']}")
+        if wave := entry.get("wave"):
+            leads = f"to {class_names[wave['label']]}" if "label" in wave else f"from y to y + {wave['shift']}"
+            lines.append(
+                f"a wave of {wave['down']} periods down and {wave['across']} across the picture led the infected model "
+                f"{leads}"
+            )
+    return lines
 
 
 def onnx_text(onnx: Mapping[str, Any]) -> str:

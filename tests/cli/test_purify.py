@@ -62,7 +62,7 @@ def test_a_profile_is_printed_stored_and_traced(infected: Path, tmp_path: Path) 
     names = [row["phase"] for row in report["profile"]["phases"]]
     # Steady images are looked for, and labels left out, where no label attracts.
     always = [name for name in names if name != "steady images" and not name.startswith("labels left out")]
-    assert always == ["infected logits", "attracting labels", "adversarial", "clean", "ranking"]
+    assert always == ["infected logits", "leading waves", "attracting labels", "adversarial", "clean", "ranking"]
     table = result.stderr[result.stderr.index("phase  ") :].splitlines()[1 : len(names) + 1]
     assert all(line.startswith(name) and line.endswith("%") for line, name in zip(table, names, strict=True))
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
