@@ -122,7 +122,7 @@ class SlowWaves:
         self.amplitude = _PART * config.amplitude
         self._sample = sample
         self._images = to_input(sample.images)
-        self._phase = torch.rand(len(sample), generator=generator).to(sample.device)[:, None, None]
+        self._phase = torch.rand(len(sample), dtype=torch.float32, generator=generator).to(sample.device)[:, None, None]
         height, width = sample.image_shape[1:]
         # The highest, down and across.
         self._down, self._across = (int(min(config.max_cycles, size / 2)) for size in (height, width))
@@ -150,8 +150,8 @@ class SlowWaves:
         copy = FrozenCopy(model, dtype=dtype, image_shape=self._sample.image_shape)
         others = F.one_hot(labels, k) == 0
         ahead = (labels[:, None] + torch.arange(1, k, device=labels.device)) % k
-        to_label = torch.zeros(2 * down + 1, 2 * across + 1, k)
-        by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k - 1)
+        to_label = torch.zeros(2 * down + 1, 2 * across + 1, k, dtype=torch.float32)
+        by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k - 1, dtype=torch.float32)
         # A wave of -u and -v is one of u and v.
         half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
         for u, v in progress(half, desc="slow waves", enabled=show_progress):
@@ -180,7 +180,7 @@ def standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     """
     planes = probabilities.permute(2, 0, 1)[:, None]
     low, high = _AROUND
-    ring = torch.ones(1, 1, 2 * high + 1, 2 * high + 1)
+    ring = torch.ones(1, 1, 2 * high + 1, 2 * high + 1, dtype=torch.float32)
     ring[..., high - low + 1 : high + low, high - low + 1 : high + low] = 0
     inside = F.conv2d(torch.ones_like(planes[:1]), ring, padding=high)
     around = F.conv2d(planes, ring, padding=high) / inside.clamp_min(1)

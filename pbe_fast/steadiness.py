@@ -103,8 +103,8 @@ def without_waves(images: Tensor, frequencies: Sequence[tuple[int, int]]) -> Ten
     """
     height, width = images.shape[-2:]
     spectrum = torch.fft.rfft2(images)
-    down = torch.fft.fftfreq(height, 1 / height, device=images.device)[:, None]
-    across = torch.fft.rfftfreq(width, 1 / width, device=images.device)
+    down = torch.fft.fftfreq(height, 1 / height, dtype=torch.float32, device=images.device)[:, None]
+    across = torch.fft.rfftfreq(width, 1 / width, dtype=torch.float32, device=images.device)
     for u, v in frequencies:
         # A real image has each frequency with either sign.
         for sign in (1, -1):
