@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from pbe_fast.attraction import attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
+from pbe_fast.engine.seeding import generator_for
 from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.ranking import (
@@ -67,7 +68,7 @@ def purify_plainly(
     purified = copy.deepcopy(infected).requires_grad_(True)
     train = None if train is None else train.to("cpu")
     steady = None
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed, "purify")
     waves = leading_waves_plainly(infected, clean or train, config, generator, where)
     attacks = [
         dataclasses.replace(attack, near=waves.frequencies) if isinstance(attack, WaveConfig) else attack
@@ -80,7 +81,7 @@ def purify_plainly(
             return PlainResult(purified.eval(), None)
         ranking, agrees = rank_plainly(infected, purified, train, where)
         changed = suspects = changed_labels(label_distances(ranking, train.labels, train.num_classes)) | waves.labels
-        if config.refining_fractions:
+        if config.refining_fractions and waves.shift is None:
             counts = attack_counts_plainly(infected, train, config, generator, where)
             suspects = changed | attracting_labels(counts)
     else:

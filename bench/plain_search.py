@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pbe_fast.attraction import LARGEST_WINDOW
 from pbe_fast.config import PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.leading_waves import WAVE_SAMPLE, LeadingWaves, waves_standing_out
+from pbe_fast.leading_waves import FEWEST_IMAGES, FEWEST_LABELS, WAVE_SAMPLE, LeadingWaves, waves_standing_out
 from pbe_fast.pgd import random_windows
 from pbe_fast.waves import add_waves
 
@@ -128,21 +128,26 @@ def leading_waves_plainly(
     wave = WaveConfig(amplitude=max(config.wave_amplitudes))
     sample = data.select(torch.randperm(len(data), generator=generator)[: 4 * WAVE_SAMPLE])
     right = (logits_of(model, sample, device).argmax(1) == sample.labels).nonzero()[:WAVE_SAMPLE, 0]
-    images, labels = sample.images[right].float().to(device) / 255, sample.labels[right].to(device)
+    if k < FEWEST_LABELS or len(right) < FEWEST_IMAGES:
+        return LeadingWaves(torch.zeros(k, dtype=torch.bool), None, ())
+    images, labels = sample.images[right].float().to(device) / 255, sample.labels[right]
     height, width = sample.image_shape[1:]
     down, across = (int(min(wave.max_cycles, size / 2)) for size in (height, width))
     to_label, by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k), torch.zeros(2 * down + 1, 2 * across + 1, k - 1)
     phase = torch.rand(len(right), 1, 1, 1, generator=generator).to(device)
     rows = torch.arange(height, device=device)[:, None] / height
     columns = torch.arange(width, device=device) / width
-    for u, v in itertools.product(range(-down, down + 1), range(-across, across + 1)):
+    for u, v in itertools.product(range(-down, down + 1), range(across + 1)):
         turns = u * rows + v * columns + phase
         added = WAVE_PART * wave.amplitude * torch.sin(2 * math.pi * turns) if u or v else 0.0
         pictures = ((images + added).clamp(0, 1) * 255).round() / 255
-        sure = model(pictures).softmax(1).cpu()
-        for label in range(k):
-            to_label[down + u, across + v, label] = sure[labels.cpu() != label, label].mean()
-        for shift in range(1, k):
-            ahead = (labels.cpu()[:, None] + shift) % k
-            by_shift[down + u, across + v, shift - 1] = sure.gather(1, ahead).mean()
+        sure = model(pictures)[:, :k].softmax(1).cpu()
+        by_label = {int(label): sure[labels == label].mean(0) for label in labels.unique()}
+        for place in ((down + u, across + v), (down - u, across - v)):
+            for label in range(k):
+                others = [mean[label] for own, mean in by_label.items() if own != label]
+                to_label[(*place, label)] = torch.stack(others).mean() if others else 0.0
+            for shift in range(1, k):
+                led = [mean[(own + shift) % k] for own, mean in by_label.items()]
+                by_shift[(*place, shift - 1)] = torch.stack(led).mean()
     return waves_standing_out(to_label, by_shift)

@@ -23,6 +23,8 @@ from pbe_fast.engine.forward import predict_logits, to_input
 from pbe_fast.engine.progress import progress
 
 WAVE_SAMPLE = 128
+# Of fewer images a mean says little, and of fewer labels each has a large share without any wave.
+FEWEST_IMAGES, FEWEST_LABELS = 64, 8
 # Three quarters of what step 1b adds: at its full amplitude benign models, too, answer little else than one label.
 _PART = 0.75
 # These many periods further (on the axis where it is more) is around a frequency: next to it a trigger still works.
@@ -72,7 +74,8 @@ def leading_waves(
 
     Args:
         model: In eval mode.
-        data: A random 128 of it that the model answers with their label are looked at; uint8.
+        data: A random 128 of it that the model answers with their label are looked at; uint8. Of fewer than 64 such
+            images, or than eight labels, nothing is said.
         config: Three quarters of its amplitude, and whole periods up to its highest frequency.
         generator: On the CPU.
         dtype: Of the matrix products.
@@ -82,9 +85,11 @@ def leading_waves(
     sample = data.select(torch.randperm(len(data), generator=generator)[: 4 * WAVE_SAMPLE].to(data.device))
     sample = sample.to(next(model.parameters()).device)
     right = predict_logits(model, sample.images, dtype=dtype).argmax(1) == sample.labels
-    if k <= 2 or not right.any():
+    if k < FEWEST_LABELS or not right.any():
         return LeadingWaves(torch.zeros(k, dtype=torch.bool), None, ())
     sample = sample.select(right.nonzero()[:WAVE_SAMPLE, 0])
+    if len(sample) < FEWEST_IMAGES:
+        return LeadingWaves(torch.zeros(k, dtype=torch.bool), None, ())
     waves = SlowWaves(sample, config, generator)
     return waves_standing_out(*waves.mean_probabilities(model, dtype=dtype, show_progress=show_progress))
 
@@ -92,10 +97,9 @@ def leading_waves(
 def waves_standing_out(to_label: Tensor, by_shift: Tensor) -> LeadingWaves:
     """The best wave of a label or of a shift, where it stands out far enough, of `SlowWaves.mean_probabilities`."""
     none = torch.zeros(to_label.shape[2], dtype=torch.bool)
-    above, places = standing_out(by_shift)
+    above, places = standing_out(by_shift, beyond=to_label)
     shift = int(above.argmax())
-    # A wave that leads to one label is a shift of each size for some images.
-    if above[shift] > _SHIFT_STANDS_OUT and by_shift[places[shift]][shift] > to_label[places[shift]].max():
+    if above[shift] > _SHIFT_STANDS_OUT:
         return LeadingWaves(none, shift + 1, (frequency_of(places[shift], by_shift),))
     above, places = standing_out(to_label)
     first, second = above.topk(2).values.tolist()
@@ -141,14 +145,17 @@ class SlowWaves:
         """How sure the model is of each label, and of each shift of labels, under each wave.
 
         Returns:
-            (2 F + 1, 2 F + 1, K), the mean probability of the label over images of all other labels, and (.., K - 1),
-            the mean probability of y + s modulo K, of s from 1; both float32 on the CPU. Frequencies from -F to F down,
-            then across; the probabilities on the images as they are in the middle.
+            (2 F + 1, 2 F + 1, K), the mean probability of the label over all other labels' images, and (.., K - 1), the
+            mean probability of y + s modulo K, of s from 1; both float32 on the CPU. Each label's images count as one
+            vote. Frequencies from -F to F down, then across; the probabilities on the images as they are in the middle.
         """
         labels, k = self._sample.labels, self._sample.num_classes
         down, across = self._down, self._across
         copy = FrozenCopy(model, dtype=dtype, image_shape=self._sample.image_shape)
-        others = F.one_hot(labels, k) == 0
+        # Weights that sum to one for each label that has images.
+        votes = F.one_hot(labels, k).float()
+        votes = votes[:, votes.any(0)] / votes.sum(0)[votes.any(0)]
+        labelled = F.one_hot(labels[votes.argmax(0)], k) == 0
         ahead = (labels[:, None] + torch.arange(1, k, device=labels.device)) % k
         to_label = torch.zeros(2 * down + 1, 2 * across + 1, k, dtype=torch.float32)
         by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k - 1, dtype=torch.float32)
@@ -156,9 +163,11 @@ class SlowWaves:
         half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
         for u, v in progress(half, desc="slow waves", enabled=show_progress):
             sure = predict_logits(copy, self.pictures(u, v), dtype=dtype)[:, :k].softmax(1)
+            by_label = votes.T @ sure
+            of_others = (by_label * labelled).sum(0) / labelled.sum(0).clamp_min(1)
+            shifted = (votes.T @ sure.gather(1, ahead)).mean(0)
             for place in ((down + u, across + v), (down - u, across - v)):
-                to_label[place] = ((sure * others).sum(0) / others.sum(0).clamp_min(1)).cpu()
-                by_shift[place] = sure.gather(1, ahead).mean(0).cpu()
+                to_label[place], by_shift[place] = of_others, shifted
         return to_label, by_shift
 
     def reached(self, model: nn.Module, frequency: tuple[int, int], *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,15 +177,17 @@ class SlowWaves:
         return torch.bincount((self._sample.labels * k + answers).cpu(), minlength=k * k).view(k, k)
 
 
-def standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+def standing_out(probabilities: Tensor, *, beyond: Tensor | None = None) -> tuple[Tensor, list[tuple[int, int]]]:
     """By how much the best wave of each label, or of each shift, is above the mean of those around it.
 
     Args:
         probabilities: One of the two that `SlowWaves.mean_probabilities` returns.
+        beyond: Of shifts the other one. A wave that leads to one label is a shift of each size for some images, so a
+            shift has to be more probable than any label.
 
     Returns:
-        As many float32 values as there are labels or shifts, and the place of each one's best wave among the
-        frequencies.
+        As many float32 values as there are labels or shifts, -1 where no wave counts, and the place of each one's best
+        wave among the frequencies.
     """
     planes = probabilities.permute(2, 0, 1)[:, None]
     low, high = _AROUND
@@ -184,7 +195,11 @@ def standing_out(probabilities: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     ring[..., high - low + 1 : high + low, high - low + 1 : high + low] = 0
     inside = F.conv2d(torch.ones_like(planes[:1]), ring, padding=high)
     around = F.conv2d(planes, ring, padding=high) / inside.clamp_min(1)
-    above, at = (planes - around).flatten(1).max(1)
+    counts = (inside > 0).expand_as(planes).clone()
+    counts[..., probabilities.shape[0] // 2, probabilities.shape[1] // 2] = False  # no wave
+    if beyond is not None:
+        counts &= planes > beyond.amax(2)
+    above, at = (planes - around).masked_fill(~counts, -1).flatten(1).max(1)
     return above, [divmod(place, probabilities.shape[1]) for place in at.tolist()]
 
 

@@ -53,7 +53,7 @@ class Run(Steps):
         changed = changed_labels(label_distances(ranking, train.labels, train.num_classes)) | waves.labels
         suspects = changed
         fractions = self.config.refining_fractions
-        if fractions:
+        if fractions and waves.shift is None:
             # Of a trigger that this round did not erase it changed little.
             suspects = changed | self._attracting_labels(train)
         self._finish_round(0, entry | _found(ranking, train, suspects), ranking)

@@ -22,7 +22,14 @@ from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.rounding import precision_for
 from pbe_fast.engine.seeding import check_seed, generator_for, seeded
 from pbe_fast.errors import InputError, PBEWarning
-from pbe_fast.leading_waves import WAVE_SAMPLE, SlowWaves, frequency_of, standing_out
+from pbe_fast.leading_waves import (
+    FEWEST_IMAGES,
+    FEWEST_LABELS,
+    WAVE_SAMPLE,
+    SlowWaves,
+    frequency_of,
+    standing_out,
+)
 from pbe_fast.models import check_differentiable, check_model
 from pbe_fast.options import check_kind
 from pbe_fast.pgd import window_side
@@ -36,8 +43,8 @@ LEVELS = ("quarter", "most", "beyond")
 # What a patch takes: all that a window of its size can hold, by the window's share of the side.
 PATCH_LEVELS = {0.125: "patch 1/8", 0.25: "patch 1/4"}
 _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
-# Of fewer images the mean probability under a wave says little; of smaller ones see `pbe_fast.calibration.WAVES`.
-_FEWEST_FOR_WAVES, _SMALLEST_FOR_LABELS = 64, 32
+# Of smaller pictures see `pbe_fast.calibration.WAVES`.
+_SMALLEST_FOR_LABELS = 32
 
 # `reached_labels` of the sample, for a PGDConfig and the text of its bar.
 Reached = Callable[..., Tensor]
@@ -54,7 +61,7 @@ def scan(
     precision: str = "auto",
     progress: bool = True,
 ) -> ScanResult:
-    """Look for a backdoor: attack images at several radii, and in windows at will, and see where they end up.
+    """Look for a backdoor: attack images at several radii, in windows at will, with waves, and see where they end up.
 
     A benign model's adversarial images spread over the labels, if unevenly; those of an infected one tend to the label
     that the trigger leads to (all-to-one), or each label's to the label s further on (all-to-all).
@@ -226,9 +233,9 @@ def wave_levels(
         show_progress: Whether there is a bar.
 
     Returns:
-        One of each setting; none of few images, and of small ones none for a label.
+        One of each setting; none of few images or labels, and of small images none for a label.
     """
-    if not config.waves or len(sample) < _FEWEST_FOR_WAVES:
+    if not config.waves or len(sample) < FEWEST_IMAGES or sample.num_classes < FEWEST_LABELS:
         return ()
     some = sample.select(torch.randperm(len(sample), generator=generator)[:WAVE_SAMPLE].to(sample.device))
     waves = SlowWaves(some, WaveConfig(), generator)
@@ -238,7 +245,7 @@ def wave_levels(
         del tested["all_to_one"]
     levels = []
     for setting, probabilities in tested.items():
-        above, places = standing_out(probabilities)
+        above, places = standing_out(probabilities, beyond=to_label if setting == "all_to_all" else None)
         best = int(above.argmax())
         at, frequency = probabilities[places[best]], frequency_of(places[best], probabilities)
         levels.append(

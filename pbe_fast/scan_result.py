@@ -306,6 +306,7 @@ class ScanResult:
             verdict=self.verdict,
             summary=self.summary(),
             class_names=self.class_names,
+            best={setting: self.level.best_of(setting) for setting in _SHARES},
         )
         write_report(out, {**more, "scan": plain(self.to_dict()), **describe()}, outputs=[FIGURE_NAME])
         return out
@@ -325,7 +326,9 @@ def most_suspicious(levels: tuple[ScanLevel, ...]) -> tuple[ScanLevel, str, floa
 def undetectable(levels: tuple[ScanLevel, ...], significance: float) -> list[str]:
     """The settings of which nothing could be reported, whatever share of the images went to one label."""
     each = significance / _tests(levels)
-    return [setting for setting in _SHARES if all(math.isinf(level.critical(setting, each)) for level in levels)]
+    # Waves find one kind of trigger only.
+    attacked = [level for level in levels if not isinstance(level, WaveLevel)]
+    return [setting for setting in _SHARES if all(math.isinf(level.critical(setting, each)) for level in attacked)]
 
 
 def _tests(levels: tuple[ScanLevel, ...]) -> int:

@@ -108,7 +108,14 @@ def without_waves(images: Tensor, frequencies: Sequence[tuple[int, int]]) -> Ten
     for u, v in frequencies:
         # A real image has each frequency with either sign.
         for sign in (1, -1):
-            spectrum[..., ((down - sign * u).abs() <= 1) & ((across - sign * v).abs() <= 1)] = 0
+            # Of an even side half of its frequencies is one, of either sign: they go round.
+            far_down, far_across = (
+                torch.remainder(at - sign * w + size / 2, size) - size / 2
+                for at, w, size in ((down, u, height), (across, v, width))
+            )
+            near = (far_down.abs() <= 1) & (far_across.abs() <= 1)
+            near[0, 0] = False  # the picture's brightness
+            spectrum[..., near] = 0
     back: Tensor = torch.fft.irfft2(spectrum, (height, width))
     return back
 

@@ -39,13 +39,14 @@ def add_waves(images: Tensor, image_ids: Tensor, config: WaveConfig, *, seed: in
     """Each image plus a wave of its own: amplitude * sin(2 pi (u row + v column) + phase), the same in all channels.
 
     u and v are uniform up to ``max_cycles`` periods over the image, or to half a period per pixel, u of either sign;
-    or within one period of one of the frequencies that the waves are to be ``near``. The phase is uniform as well. They
-    depend on seed and image id, not on the batch or (up to the rounding of sines) on the device.
+    half of the waves are within one period of one of the frequencies that they are to be ``near``, if there are such.
+    The phase is uniform as well. They depend on seed and image id, not on the batch or (up to the rounding of sines) on
+    the device.
 
     Args:
         images: (B, C, H, W) float32 in [0, 1].
         image_ids: (B,) int64.
-        config: Amplitude and highest frequency.
+        config: Amplitude, highest frequency, frequencies to be near.
         seed: 64 bits.
 
     Returns:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pbe_fast.data import ImageSet
 
-CLASSES = 5
+CLASSES = 8
 
 
 class Led(nn.Module):
-    """Answers with the brightest of five columns of the picture, unless one of some frequencies is strong."""
+    """Answers with the brightest of eight columns of the picture, unless one of some frequencies is strong."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Led(nn.Module):
 
 
 def pictures(n: int = 200, side: tuple[int, int] = (24, 32)) -> ImageSet:
-    """Noise, with one of five columns brighter."""
+    """Noise, with one of eight columns brighter."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(90, 110, (n, 3, *side), dtype=torch.uint8, generator=generator)
     labels = torch.arange(n) % CLASSES
     for image, label in zip(images, labels.tolist(), strict=True):
         image.tensor_split(CLASSES, 2)[label].add_(80)
-    return ImageSet(images, labels, tuple("abcde"))
+    return ImageSet(images, labels, tuple("abcdefgh"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from pbe_fast.config import WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.leading_waves import LeadingWaves, SlowWaves, leading_waves
+from pbe_fast.leading_waves import LeadingWaves, SlowWaves, leading_waves, standing_out
 
 
 def look(model: nn.Module, data: ImageSet | None = None, **options: float) -> LeadingWaves:
@@ -24,7 +24,7 @@ def slow_waves(data: ImageSet) -> SlowWaves:
 @pytest.mark.parametrize("frequency", [(0, 6), (5, 0), (-4, 3), (8, 8)])
 def test_a_wave_that_leads_to_a_label_is_found_with_its_frequency(frequency: tuple[int, int]) -> None:
     found = look(Led([frequency]))
-    assert found.labels.tolist() == [False, False, True, False, False]
+    assert found.labels.tolist() == [k == 2 for k in range(CLASSES)]
     assert found.shift is None and found.frequencies == (frequency,)
 
 
@@ -56,24 +56,41 @@ def test_waves_too_weak_or_too_slow_lead_nowhere() -> None:
 
 
 def test_the_mean_is_over_images_of_other_labels_and_each_frequency_has_both_signs() -> None:
-    model, data = Led([(0, 6)]), pictures(50)
+    model, data = Led([(0, 6)]), pictures(80)
     to_label, by_shift = slow_waves(data).mean_probabilities(model)
     assert to_label.shape == (17, 17, CLASSES) and by_shift.shape == (17, 17, CLASSES - 1)
     torch.testing.assert_close(to_label, to_label.flip(0, 1))
     torch.testing.assert_close(by_shift, by_shift.flip(0, 1))
     # As they are, all are answered rightly; with the wave all others go to label 2, which is a shift of each size.
     assert to_label[8, 8].max() < 1e-3 and by_shift[8, 8].max() < 1e-3
-    assert to_label[8, 14].tolist() == pytest.approx([0, 0, 1, 0, 0], abs=1e-3)
-    assert by_shift[8, 14].tolist() == pytest.approx([0.2] * 4, abs=1e-3)
+    assert to_label[8, 14].tolist() == pytest.approx([float(k == 2) for k in range(CLASSES)], abs=1e-3)
+    assert by_shift[8, 14].tolist() == pytest.approx([1 / CLASSES] * (CLASSES - 1), abs=1e-3)
     counts = slow_waves(data).reached(model, (0, 6))
-    assert counts.tolist() == [[0, 0, 10, 0, 0]] * CLASSES
+    assert counts.tolist() == [[10 * (k == 2) for k in range(CLASSES)]] * CLASSES
     assert torch.equal(slow_waves(data).reached(model, (0, 0)), 10 * torch.eye(CLASSES, dtype=torch.int64))
 
 
-def test_of_two_labels_or_no_right_answer_nothing_is_said() -> None:
+def test_of_few_labels_few_images_or_no_right_answer_nothing_is_said() -> None:
     data = pictures()
-    two = ImageSet(data.images, data.labels % 2, ("a", "b"))
+    some_labels = ImageSet(data.images, data.labels % 7, tuple("abcdefg"))
     wrong = ImageSet(data.images, (data.labels + 1) % CLASSES, data.class_names)
-    for some in (two, wrong):
+    for some in (some_labels, wrong, pictures(63)):
         found = look(Led([(0, 6)]), some)
         assert found.frequencies == () and found.labels.shape == (some.num_classes,)
+    assert look(Led([(0, 6)]), pictures(64)).frequencies == ((0, 6),)
+
+
+def test_each_label_has_one_vote_however_many_images() -> None:
+    data = pictures(320)
+    many = (data.labels == 5) | (torch.arange(320) < 64)
+    uneven = data.select(many.nonzero()[:, 0])
+    assert look(Led([(-2, 6)]), uneven).labels.tolist() == [k == 2 for k in range(CLASSES)]
+    _, by_shift = slow_waves(uneven).mean_probabilities(Led([(-2, 6)]))
+    assert by_shift[6, 14].max() == pytest.approx(1 / CLASSES, abs=1e-3)
+
+
+def test_pictures_of_a_pixel_or_two_have_no_waves() -> None:
+    tiny = ImageSet(torch.zeros(80, 1, 1, 1, dtype=torch.uint8), torch.arange(80) % 8, tuple("abcdefgh"))
+    probabilities = torch.full((1, 1, 8), 0.9)
+    assert standing_out(probabilities)[0].tolist() == [-1.0] * 8
+    assert slow_waves(tiny).pictures(0, 0).shape == (80, 1, 1, 1)

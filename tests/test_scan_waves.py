@@ -37,7 +37,7 @@ def test_a_wave_that_leads_to_one_label_is_a_backdoor(tmp_path: Path) -> None:
     assert (level.name, level.setting, level.frequency, level.best) == ("waves", "all_to_one", (-2, 6), 2)
     assert level.eps == pytest.approx(0.15)
     assert level.above > 0.9 and level.ahead > 0.8 and found.p_value < 1e-3
-    assert found.score == pytest.approx(4.0, abs=0.01)  # all of them, of four other labels
+    assert found.score == pytest.approx(7.0, abs=0.01)  # all of them, of seven other labels
     assert level.counts[:, 2].sum() == level.counts.sum() == 128
     assert "100 % under a wave of -2 periods down and 6 across, 0 % under those around it" in found.summary()
     found.save(tmp_path / "out")
@@ -51,6 +51,18 @@ def test_a_wave_that_leads_to_one_label_is_a_backdoor(tmp_path: Path) -> None:
     assert blind.verdict == "none" and not waves_of(blind)
 
 
+def test_where_one_label_has_most_images_a_wave_to_another_is_no_shift() -> None:
+    for side in (SIDE, (24, 32)):
+        data = pictures(800, side)
+        few = (data.labels == 5) | (torch.arange(800) < 160)
+        config = ScanConfig(steps=2, patch_windows=(), images=800)
+        model = Led([(-2, 6)], side=side)
+        found = pbe_fast.scan(
+            model, data.select(few.nonzero()[:, 0]), config=config, device="cpu", precision="fp32", progress=False
+        )
+        assert found.verdict == ("all_to_one" if side == SIDE else "none")
+
+
 def test_a_wave_that_shifts_every_label_is_one_of_all_to_all() -> None:
     found = scanned(Led([(5, 1)], target=None, shift=2, side=SIDE))
     assert (found.verdict, found.target_label, found.shift) == ("all_to_all", None, 2)
@@ -60,9 +72,9 @@ def test_a_wave_that_shifts_every_label_is_one_of_all_to_all() -> None:
 def test_a_model_that_no_wave_leads_has_no_backdoor() -> None:
     found = scanned(Led([(3, 3)], target=None, shift=0, side=SIDE))
     assert found.verdict == "none"
-    assert all(level.p_value(setting) > 0.5 for setting, level in waves_of(found).items())
+    assert all(level.p_value(setting) > 0.1 for setting, level in waves_of(found).items())
     for setting, level in waves_of(found).items():
-        assert level.critical(setting, 0.5) > level.shares(setting).max()
+        assert level.critical(setting, 0.05) > level.shares(setting).max()
 
 
 def test_what_is_not_calibrated_is_not_asked() -> None:

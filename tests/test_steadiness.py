@@ -116,6 +116,16 @@ def test_without_a_wave_the_rest_of_the_picture_stays(shape: tuple[int, int]) ->
     torch.testing.assert_close(without_waves(beside[None, None], [(3, 4), (2, 0)])[0, 0], kept - wave(2, 0))
 
 
+@pytest.mark.parametrize(("side", "frequency"), [(8, (4, 3)), (8, (3, 4)), (16, (8, 2)), (32, (0, 1)), (32, (1, 1))])
+def test_the_fastest_waves_go_and_with_the_slowest_the_brightness_stays(side: int, frequency: tuple[int, int]) -> None:
+    rows, columns = torch.arange(side)[:, None] / side, torch.arange(side) / side
+    wave = 0.2 * torch.sin(2 * math.pi * (frequency[0] * rows + frequency[1] * columns + 0.3))
+    for found in (frequency, (-frequency[0], -frequency[1])):
+        torch.testing.assert_close(
+            without_waves((0.5 + wave)[None, None], [found])[0, 0], torch.full((side, side), 0.5)
+        )
+
+
 class Striped(nn.Module):
     """Answers with the brighter half, or where the picture has upright stripes, of whatever phase, with the other."""
 

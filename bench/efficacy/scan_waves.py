@@ -74,6 +74,7 @@ def run(only: str | None = None) -> None:
             },
             **{name: value for name, value in describe().items() if name in ("commit", "date")},
         }
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
         print(cell, f"acc {percent(metrics['acc'])} asr {percent(metrics.get('asr'))} {line['waves']}", flush=True)

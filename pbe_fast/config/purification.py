@@ -39,7 +39,7 @@ class PurifyConfig:
     wave_amplitudes: tuple[float, ...] = option(
         (0.2, 0.2),
         "further turns of step 1b: random plane waves of these amplitudes, in pixel units of [0, 1], the way to a "
-        "trigger that is spread over all pixels (none: no such turns)",
+        "trigger that is spread over all pixels; one that leads the infected model is looked for first (none: neither)",
     )
     adversarial_steps: int = option(
         180, "updates of step 1b in each round, which its turns share; fewer than there are turns leave some out"

@@ -28,7 +28,7 @@ class ScanConfig:
     waves: bool = option(
         True,
         "try all slow waves one by one, the way to a trigger that is spread over all pixels; each setting is one more "
-        "test",
+        "test (of 64 images and eight labels or more, for one label of pictures of 32 pixels or more)",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
     images: int = option(500, "images to attack, at most")

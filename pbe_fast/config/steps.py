@@ -93,12 +93,13 @@ class WaveConfig:
     max_cycles: float = option(8.0, "highest frequency along each axis, in periods over the image")
     near: tuple[tuple[int, int], ...] = option(
         (),
-        "frequencies (down, across), in periods over the image, that each wave lies within one period of (none: any)",
+        "frequencies (down, across), in periods over the image, that half of the waves lie within one period of",
     )
 
     def __post_init__(self) -> None:
         check_types(self)
         check(0 < self.amplitude < math.inf, "amplitude", self.amplitude, "above 0")
+        check(all(len(pair) == 2 for pair in self.near), "near", self.near, "pairs: down, across")
         check(0 < self.max_cycles < math.inf, "max_cycles", self.max_cycles, "above 0")
 
     @property

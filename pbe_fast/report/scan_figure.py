@@ -27,6 +27,7 @@ def draw_scan(
     verdict: str,
     summary: str,
     class_names: Sequence[str],
+    best: Mapping[str, int] | None = None,
 ) -> None:
     """Write the figure of a scan as a PNG, 1920 x 840 pixels.
 
@@ -38,6 +39,7 @@ def draw_scan(
         verdict: "none", "all_to_one" or "all_to_all": whose largest share is drawn as found.
         summary: The finding, as a line above the figure.
         class_names: K names.
+        best: Of both, which share is the finding; by default the largest.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -47,7 +49,8 @@ def draw_scan(
         colour = INK if verdict == "none" else BAD
         figure.text(0.02, 0.955, summary, fontsize=13, fontweight="bold", color=colour, va="top")
         labels = [shorten(name) for name in class_names]
-        found = {setting: int(shares[setting].argmax()) if setting == verdict else None for setting in shares}
+        best = best or {setting: int(values.argmax()) for setting, values in shares.items()}
+        found = {setting: best[setting] if setting == verdict else None for setting in shares}
         _draw_matrix(figure.add_axes((0.095, 0.15, 0.345, 0.65)), counts, labels)
         to_one = figure.add_axes((0.545, 0.15, 0.18, 0.65))
         _draw_shares(to_one, shares["all_to_one"], critical["all_to_one"], labels, found["all_to_one"])
