@@ -155,7 +155,7 @@ class SlowWaves:
         # Weights that sum to one for each label that has images.
         votes = F.one_hot(labels, k).float()
         votes = votes[:, votes.any(0)] / votes.sum(0)[votes.any(0)]
-        labelled = F.one_hot(labels[votes.argmax(0)], k) == 0
+        other = F.one_hot(labels[votes.argmax(0)], k) == 0
         ahead = (labels[:, None] + torch.arange(1, k, device=labels.device)) % k
         to_label = torch.zeros(2 * down + 1, 2 * across + 1, k, dtype=torch.float32)
         by_shift = torch.zeros(2 * down + 1, 2 * across + 1, k - 1, dtype=torch.float32)
@@ -164,7 +164,7 @@ class SlowWaves:
         for u, v in progress(half, desc="slow waves", enabled=show_progress):
             sure = predict_logits(copy, self.pictures(u, v), dtype=dtype)[:, :k].softmax(1)
             by_label = votes.T @ sure
-            of_others = (by_label * labelled).sum(0) / labelled.sum(0).clamp_min(1)
+            of_others = (by_label * other).sum(0) / other.sum(0).clamp_min(1)
             shifted = (votes.T @ sure.gather(1, ahead)).mean(0)
             for place in ((down + u, across + v), (down - u, across - v)):
                 to_label[place], by_shift[place] = of_others, shifted

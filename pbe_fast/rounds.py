@@ -128,8 +128,8 @@ class Run(Steps):
 
         The model of round 0 knows the target's poisoned images best: it has learned from trusted ones, or from none of
         the label. Later ones learn the label again, from its clean images, and no longer tell poisoned ones whose label
-        is right (SIG). So of a suspected label that was found by how far its images ``changed`` an image ranks by its
-        largest distance so far, and all models have to agree with its label.
+        is right (SIG). So of a suspected label that was found by how far its images ``changed``, or by a wave that
+        leads to it, an image ranks by its largest distance so far, and all models have to agree with its label.
         """
         of_changed = changed.to(train.device)[train.labels]
         for t, fraction in enumerate(fractions, start=1):

@@ -176,7 +176,9 @@ class WaveLevel(ScanLevel):
         return wave_p_value(setting, self.ahead)
 
     def critical(self, setting: str, significance: float) -> float:
-        """The probability whose p-value is ``significance``."""
+        """The probability whose p-value is ``significance``, above 1 where none is small enough; infinite of the other
+        setting.
+        """
         if setting != self.setting:
             return math.inf
         return self.around + self.next_above + wave_critical(setting, significance)
@@ -199,7 +201,8 @@ class ScanResult:
         verdict: "none", "all_to_one" or "all_to_all".
         target_label: The label that an all-to-one backdoor aims at; else None.
         shift: s of an all-to-all backdoor from y to y + s; else None.
-        score: How many times its even share the most suspicious label or shift attracts; about 2 for a benign model.
+        score: How many times its even share the most suspicious label or shift attracts; about 2 for a
+            benign model, of a wave up to K - 1.
         p_value: How often a benign model looks as suspicious, over all levels and both settings (Bonferroni).
         setting: The setting that was the more suspicious one, whatever the verdict.
         level: The radius, the windows or the wave at which it was.
@@ -247,7 +250,7 @@ class ScanResult:
             return f"backdoor, all-to-one: label {called} has {measured}"
         if self.verdict == "all_to_all":
             return f"backdoor, all-to-all: y -> y + {self.shift} has {measured}"
-        return f"no backdoor found: nothing has more than {measured}"
+        return f"no backdoor found: nothing is rarer than {measured}"
 
     def _measured(self) -> str:
         if isinstance(self.level, WaveLevel):
@@ -307,6 +310,7 @@ class ScanResult:
             summary=self.summary(),
             class_names=self.class_names,
             best={setting: self.level.best_of(setting) for setting in _SHARES},
+            by="the wave" if isinstance(self.level, WaveLevel) else "the attack",
         )
         write_report(out, {**more, "scan": plain(self.to_dict()), **describe()}, outputs=[FIGURE_NAME])
         return out

@@ -98,8 +98,14 @@ VIEWS: Mapping[str, View] = {
 
 
 def without_waves(images: Tensor, frequencies: Sequence[tuple[int, int]]) -> Tensor:
-    """Without what of them varies with these frequencies (down, across), in periods over the image, or one to either
-    side.
+    """Without what of them varies with given frequencies, or with one next to them; their brightness stays.
+
+    Args:
+        images: (B, C, H, W) float32.
+        frequencies: (down, across) in periods over the image.
+
+    Returns:
+        (B, C, H, W) float32, not clamped.
     """
     height, width = images.shape[-2:]
     spectrum = torch.fft.rfft2(images)

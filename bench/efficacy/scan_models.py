@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,7 @@ def _images(name: str) -> tuple[ImageSet, ImageSet]:
 
 def run(only: str | None = None) -> None:
     """Train and scan the models that are not in the results yet."""
-    done = {Cell(**entry["cell"]) for entry in read()}
-    for cell in cells():
-        if cell in done or (only is not None and cell.data != only):
-            continue
+    for cell in missing(cells(), RESULTS, only):
         model, test, metrics = train(cell)
         found = scan(model, test, seed=cell.seed, precision="fp32", progress=False)
         levels = [{"name": v.name, "eps": v.eps, "window": v.window, "counts": v.counts.tolist()} for v in found.levels]
@@ -135,15 +132,26 @@ def run(only: str | None = None) -> None:
             "levels": levels,
             **{name: value for name, value in describe().items() if name in ("commit", "date")},
         }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        keep(line, RESULTS)
         print(cell, f"acc {percent(metrics['acc'])} asr {percent(metrics.get('asr'))} {found.summary()}", flush=True)
 
 
-def read() -> list[dict[str, Any]]:
+def read(results: Path = RESULTS) -> list[dict[str, Any]]:
     """The results, one entry per model."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def missing(wanted: Iterable[Cell], results: Path, only: str | None) -> Iterator[Cell]:
+    """The models, of all data or of one kind, that are not in the results yet."""
+    done = {Cell(**entry["cell"]) for entry in read(results)}
+    return (cell for cell in wanted if cell not in done and only in (None, cell.data))
+
+
+def keep(line: Mapping[str, Any], results: Path) -> None:
+    """One more entry."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def levels_of(entry: Mapping[str, Any]) -> tuple[ScanLevel, ...]:

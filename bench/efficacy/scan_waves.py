@@ -10,7 +10,6 @@ fitted: digits are led by waves to one label or another. What each label is shif
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scan_models import SIGNIFICANCE, Cell, cells, train
+from scan_models import SIGNIFICANCE, Cell, cells, keep, missing, read, train
 
 from pbe_fast.calibration import fit_waves, wave_p_value
 from pbe_fast.config import ScanConfig
@@ -50,10 +49,7 @@ def fitted_on(cell: Cell, setting: str) -> bool:
 
 def run(only: str | None = None) -> None:
     """Train the models that are not in the results yet, and try all waves on them."""
-    done = {Cell(**entry["cell"]) for entry in read()}
-    for cell in wave_cells():
-        if cell in done or (only is not None and cell.data != only):
-            continue
+    for cell in missing(wave_cells(), RESULTS, only):
         model, test, metrics = train(cell)
         generator = torch.Generator().manual_seed(cell.seed)
         sample = test.select(torch.randperm(len(test), generator=generator)[:IMAGES])
@@ -74,15 +70,8 @@ def run(only: str | None = None) -> None:
             },
             **{name: value for name, value in describe().items() if name in ("commit", "date")},
         }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        keep(line, RESULTS)
         print(cell, f"acc {percent(metrics['acc'])} asr {percent(metrics.get('asr'))} {line['waves']}", flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """The results, one entry per model."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def ahead(found: dict[str, Any]) -> float:
@@ -94,7 +83,7 @@ def fit() -> dict[str, tuple[float, float]]:
     """Location and scale for both settings."""
     return {
         setting: fit_waves(
-            ahead(entry["waves"][setting]) for entry in read() if fitted_on(Cell(**entry["cell"]), setting)
+            ahead(entry["waves"][setting]) for entry in read(RESULTS) if fitted_on(Cell(**entry["cell"]), setting)
         )
         for setting in SETTINGS
     }
@@ -102,7 +91,7 @@ def fit() -> dict[str, tuple[float, float]]:
 
 def rows() -> Iterator[list[str]]:
     """A line per model and setting: how far the best wave stands out, and how often a benign model's does."""
-    for entry in read():
+    for entry in read(RESULTS):
         cell = Cell(**entry["cell"])
         for setting, found in entry["waves"].items():
             p_value = min(1.0, TESTS * wave_p_value(setting, ahead(found)))

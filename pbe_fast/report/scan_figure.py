@@ -28,6 +28,7 @@ def draw_scan(
     summary: str,
     class_names: Sequence[str],
     best: Mapping[str, int] | None = None,
+    by: str = "the attack",
 ) -> None:
     """Write the figure of a scan as a PNG, 1920 x 840 pixels.
 
@@ -40,6 +41,7 @@ def draw_scan(
         summary: The finding, as a line above the figure.
         class_names: K names.
         best: Of both, which share is the finding; by default the largest.
+        by: What leads the images to the labels reached.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -51,7 +53,7 @@ def draw_scan(
         labels = [shorten(name) for name in class_names]
         best = best or {setting: int(values.argmax()) for setting, values in shares.items()}
         found = {setting: best[setting] if setting == verdict else None for setting in shares}
-        _draw_matrix(figure.add_axes((0.095, 0.15, 0.345, 0.65)), counts, labels)
+        _draw_matrix(figure.add_axes((0.095, 0.15, 0.345, 0.65)), counts, labels, by)
         to_one = figure.add_axes((0.545, 0.15, 0.18, 0.65))
         _draw_shares(to_one, shares["all_to_one"], critical["all_to_one"], labels, found["all_to_one"])
         title(to_one, "All to one: % by label", "of images of other labels")
@@ -61,7 +63,7 @@ def draw_scan(
         title(to_all, "All to all: % by shift", "of images of every label")
 
 
-def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
+def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str], by: str) -> None:
     """Each row as shares of its misled images; grey where an image cannot be led, on the diagonal."""
     k = len(counts)
     misled = (counts - torch.diag(counts.diagonal())).double()
@@ -78,8 +80,8 @@ def _draw_matrix(axes: Axes, counts: Tensor, labels: Sequence[str]) -> None:
     _ticks(axes.set_xticks, labels, **(slanted if max(map(len, labels)) > 2 else {}))
     axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
     axes.set_ylabel("label of the image", fontsize=9.5, color=SOFT)
-    axes.set_xlabel("label that the attack reaches", fontsize=9.5, color=SOFT)
-    title(axes, "Adversarial images, % of each row", "a dark column: all to one; a dark diagonal: all to all")
+    axes.set_xlabel(f"label that {by} leads to", fontsize=9.5, color=SOFT)
+    title(axes, "Misled images, % of each row", "a dark column: all to one; a dark diagonal: all to all")
     for spine in axes.spines.values():
         spine.set_visible(False)
 
