@@ -186,7 +186,7 @@ def standing_out(probabilities: Tensor, *, beyond: Tensor | None = None) -> tupl
             shift has to be more probable than any label.
 
     Returns:
-        As many float32 values as there are labels or shifts, -1 where no wave counts, and the place of each one's best
+        As many float32 values as there are labels or shifts, 0 where no wave counts, and the place of each one's best
         wave among the frequencies.
     """
     planes = probabilities.permute(2, 0, 1)[:, None]
@@ -199,7 +199,7 @@ def standing_out(probabilities: Tensor, *, beyond: Tensor | None = None) -> tupl
     counts[..., probabilities.shape[0] // 2, probabilities.shape[1] // 2] = False  # no wave
     if beyond is not None:
         counts &= planes > beyond.amax(2)
-    above, at = (planes - around).masked_fill(~counts, -1).flatten(1).max(1)
+    above, at = (planes - around).masked_fill(~counts, 0).flatten(1).max(1)
     return above, [divmod(place, probabilities.shape[1]) for place in at.tolist()]
 
 

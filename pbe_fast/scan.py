@@ -245,6 +245,7 @@ def wave_levels(
         del tested["all_to_one"]
     levels = []
     for setting, probabilities in tested.items():
+        unguarded, _ = standing_out(probabilities)
         above, places = standing_out(probabilities, beyond=to_label if setting == "all_to_all" else None)
         best = int(above.argmax())
         at, frequency = probabilities[places[best]], frequency_of(places[best], probabilities)
@@ -258,7 +259,8 @@ def wave_levels(
                 probabilities=at,
                 best=best,
                 around=float(at[best] - above[best]),
-                next_above=float(above.sort(descending=True).values[1]),
+                # Of all other labels or shifts, whether they count or not.
+                next_above=float(torch.cat([unguarded[:best], unguarded[best + 1 :]]).max()),
             )
         )
     return tuple(levels)

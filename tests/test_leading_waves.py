@@ -92,5 +92,5 @@ def test_each_label_has_one_vote_however_many_images() -> None:
 def test_pictures_of_a_pixel_or_two_have_no_waves() -> None:
     tiny = ImageSet(torch.zeros(80, 1, 1, 1, dtype=torch.uint8), torch.arange(80) % 8, tuple("abcdefgh"))
     probabilities = torch.full((1, 1, 8), 0.9)
-    assert standing_out(probabilities)[0].tolist() == [-1.0] * 8
+    assert standing_out(probabilities)[0].tolist() == [0.0] * 8
     assert slow_waves(tiny).pictures(0, 0).shape == (80, 1, 1, 1)

@@ -13,6 +13,8 @@ from led import Led, pictures
 import pbe_fast
 from pbe_fast.calibration import WAVES, fit_waves, wave_critical, wave_p_value
 from pbe_fast.config import ScanConfig
+from pbe_fast.leading_waves import SlowWaves
+from pbe_fast.scan import wave_levels
 from pbe_fast.scan_result import ScanResult, WaveLevel
 
 SIDE = (32, 32)
@@ -97,3 +99,17 @@ def test_the_distribution_is_fitted_to_what_was_measured() -> None:
     uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     location, scale = fit_waves((0.4 - 0.05 * (-uniform.log()).log()).tolist())
     assert location == pytest.approx(0.4, abs=0.002) and scale == pytest.approx(0.05, rel=0.03)
+
+
+def test_a_shift_is_not_ahead_for_being_the_only_one_that_beats_every_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    to_label, by_shift = torch.full((17, 17, 8), 0.3), torch.full((17, 17, 7), 0.2)
+    by_shift[10, 12, 4] += 0.12  # 0.32, and 0.12 above those around it
+    by_shift[3, 5, 1] += 0.09  # 0.29: any label is likelier
+    monkeypatch.setattr(SlowWaves, "mean_probabilities", lambda *arguments, **keywords: (to_label, by_shift))
+    model, generator = Led([(0, 6)], side=SIDE), torch.Generator().manual_seed(0)
+    level = wave_levels(model, pictures(80, SIDE), ScanConfig(), generator)[1]
+    assert (level.setting, level.best, level.frequency) == ("all_to_all", 4, (2, 4))
+    assert level.above == pytest.approx(0.12) and level.ahead == pytest.approx(0.03)
+    by_shift[10, 12, 4] = 0.2
+    level = wave_levels(model, pictures(80, SIDE), ScanConfig(), generator)[1]
+    assert level.ahead <= 0 and level.p_value("all_to_all") > 0.9

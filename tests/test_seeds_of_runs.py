@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 import pytest
@@ -22,14 +22,15 @@ def test_no_run_draws_what_a_poisoning_with_its_seed_has_drawn(monkeypatch: pyte
     seen: list[torch.Generator] = []
 
     def watch(module: str, name: str) -> None:
-        function = getattr(sys.modules[module], name)
+        place = importlib.import_module(module)
+        function = getattr(place, name)
 
         def watched(*arguments: Any, **keywords: Any) -> Any:
             everything = (*arguments, *keywords.values())
             seen.extend(value for value in everything if isinstance(value, torch.Generator))
             return function(*arguments, **keywords)
 
-        monkeypatch.setattr(sys.modules[module], name, watched)
+        monkeypatch.setattr(place, name, watched)
 
     watch("pbe_fast.steps", "resolve_augment")
     watch("pbe_fast.scan", "_sample")
