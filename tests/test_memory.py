@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig
 from pbe_fast.data import ImageSet
+from pbe_fast.engine import forward
 from pbe_fast.finetune import FineTuner
 from pbe_fast.models import PreActResNet18
 from pbe_fast.purify import purify
@@ -90,9 +91,10 @@ def test_storages_are_counted_while_they_live() -> None:
 @pytest.mark.parametrize("with_clean_set", [False, True])
 @pytest.mark.parametrize("mix", [False, True])
 def test_a_run_needs_its_data_and_a_little_more_than_the_activations_of_one_batch(
-    with_clean_set: bool, mix: bool
+    monkeypatch: pytest.MonkeyPatch, with_clean_set: bool, mix: bool
 ) -> None:
-    # Ranked at once are 512 images by default, four times the batch of fine-tuning: here the whole set.
+    # Ranked at once are 512 images where memory matters most, four times the batch of fine-tuning: here the whole set.
+    monkeypatch.setattr(forward, "has_amx", lambda: True)
     data = _data(4 * BATCH)
     # Adversarial batches that are mixed hold twice as many images.
     one_batch = _activations((1 + mix) * BATCH)

@@ -102,6 +102,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_dropped(images: Tens
     assert model.tried == [16, 8, 4] + [2] * 11 + [1]
 
 
+@pytest.mark.parametrize(("amx", "sizes"), [(False, [128] * 3 + [16]), (True, [400])])
+def test_the_size_of_batches_that_is_fastest_on_a_processor(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch, amx: bool, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(forward, "has_amx", lambda: amx)
+    model = Fits(1000)
+    predict_logits(model, torch.zeros(400, 3, 6, 5, dtype=torch.uint8))
+    assert model.tried == sizes
+
+
 def test_memory_that_gives_out_later_costs_no_image(images: Tensor) -> None:
     class Shrinks(Fits):
         def forward(self, images: Tensor) -> Tensor:
