@@ -76,7 +76,8 @@ def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem
         f"## {kind}",
         f"Seed {result['seed']}, {machine['cores']} cores, torch {versions['torch']}, Python {versions['python']}.",
     ]
-    if fields:
+    # Of one case that was measured once its table says it all.
+    if fields and len(fields) + len(history) > 2:
         draw_ratios(folder / f"{stem}-ratios.png", fields)
         draw_shares(folder / f"{stem}-share.png", fields)
         draw_history(folder / f"{stem}-history.png", history)
@@ -88,6 +89,8 @@ def _section(kind: str, history: Sequence[Mapping[str, Any]], folder: Path, stem
     for case in fields:
         blocks += [f"### {title(case)}", f"{case['when']}.", _runs_table(case)]
         if "quality" in case:
+            if len(seeds := case.get("seeds", [])) > 1:
+                blocks.append(f"Means over the seeds {', '.join(map(str, seeds))}:")
             blocks.append(_quality_table(case))
         blocks += _shortfalls(case)
     growth = [case for case in cases if "slope" in case]

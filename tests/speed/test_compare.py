@@ -141,3 +141,15 @@ def test_what_falls_short_is_said(tmp_path: Path) -> None:
     write_results(tmp_path / "results", [field(200.0)], described=described("2026-01-01"), seed=0, scale="normal")
     text = write_report(read_results(tmp_path / "results"), tmp_path).read_text()
     assert "Falls short: ours / peer: 2.000, promised 2.5." in text
+
+
+def test_one_case_that_was_measured_once_is_not_drawn_and_seeds_are_said(tmp_path: Path) -> None:
+    from report import write_report
+    from results import read_results, write_results
+
+    quality = {"ours": {"acc": 80.0, "asr": 1.0}, "plain": {"acc": 80.5, "asr": 1.5}}
+    case = {**field(300.0), "quality": quality, "infected": {"acc": 81.0, "asr": 100.0}, "seeds": [0, 1, 2]}
+    write_results(tmp_path / "results", [case], described=described("2026-01-01"), seed=0, scale="full")
+    text = write_report(read_results(tmp_path / "results"), tmp_path).read_text()
+    assert "full scale" in text and "Means over the seeds 0, 1, 2:" in text
+    assert "![" not in text and not list(tmp_path.glob("*.png"))
