@@ -17,16 +17,13 @@ from pbe_fast.attack_batch import AttackBatch, per_image
 from pbe_fast.config import PGDConfig
 from pbe_fast.engine.compiling import Forward, compiled, worth_compiling
 from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.machine import images_per_pass
 from pbe_fast.engine.replay import Recorder, Replay
 from pbe_fast.errors import InputError
 from pbe_fast.kernels.pgd_step import pgd_step_
 from pbe_fast.models.normalized import Normalized
 from pbe_fast.pgd import input_gradient, random_start, random_windows
 from pbe_fast.smoothness import smooth_step_, spread_matrices
-
-# Images at a time on a CPU: activations of more do not stay in its caches from one layer to the next. On AMX all at
-# once: its convolutions are done sooner, and what each call costs weighs more.
-_CPU_ROWS = 64
 
 
 class PGD:
@@ -77,7 +74,7 @@ class PGD:
         self._recorder = recorder or Recorder(device)
         # A graph and compiled code have one batch size.
         self._fixed = device.type == "cuda"
-        rows = batch_size if self._fixed or self._copy.has_post_ops else min(batch_size, _CPU_ROWS)
+        rows = batch_size if self._fixed or self._copy.has_post_ops else min(batch_size, images_per_pass())
         input_dtype = dtype if self._mean is not None else None
         self._batch: AttackBatch = (
             beside._batch if beside else AttackBatch.empty(rows, self.image_shape, device, input_dtype)
@@ -273,7 +270,7 @@ class PGD:
     def _parts(self, n: int) -> Iterator[slice]:
         rows = len(self._batch)
         if not self._fixed:
-            # As many batches, of like sizes: two of 40 and 39 rather than of 64 and 15.
+            # As many batches, of like sizes: two of 40 and 39 rather than of 64 and 15, on one thread.
             rows = math.ceil(n / math.ceil(n / rows))
         yield from (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pbe_fast.engine import profile
 from pbe_fast.engine.copies import in_planes
 from pbe_fast.engine.folding import FrozenCopy
+from pbe_fast.engine.machine import images_per_pass
 from pbe_fast.engine.onednn import has_amx
 from pbe_fast.engine.precision import autocast
 from pbe_fast.engine.progress import progress
@@ -17,8 +18,6 @@ from pbe_fast.engine.streaming import stream
 
 # A forward pass keeps a third of what training keeps per image: with the default batches, less memory than an update.
 _LARGEST = 512
-# For each thread of a CPU: what a batch leaves behind should stay in the caches. With AMX wide products bring more.
-_PER_THREAD = 64
 # Fewer images than this do not repay the time to make a folded copy of the model (50 ms for a ResNet-18).
 _WORTH_FOLDING = 4096
 
@@ -122,7 +121,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def _default_size(device: torch.device) -> int:
     if device.type != "cpu" or has_amx():
         return _LARGEST
-    return min(_LARGEST, _PER_THREAD * torch.get_num_threads())
+    return min(_LARGEST, images_per_pass())
 
 
 def _batches(images: Tensor, start: int, size: int, device: torch.device, *, streamed: bool) -> Iterator[Tensor]:

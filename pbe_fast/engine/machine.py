@@ -152,6 +152,15 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
+def images_per_pass() -> int:
+    """How many images a CPU without AMX should take at a time.
+
+    64 for each thread: activations of more do not stay in its caches from one layer to the next. With AMX convolutions
+    are done sooner, and what each call costs weighs more: as many as there are.
+    """
+    return 64 * torch.get_num_threads()
+
+
 def usable_cores() -> int:
     """In a container or under taskset the process may own fewer cores than the machine has."""
     if hasattr(os, "sched_getaffinity"):

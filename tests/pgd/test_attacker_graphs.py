@@ -70,9 +70,9 @@ def test_batches_are_cut_for_the_caches_where_no_amx_multiplies(
     model: nn.Module, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adversarial = []
-    for post_ops, rows in ((False, 64), (True, 100)):
+    for post_ops, rows in ((False, 64 * torch.get_num_threads()), (True, 9000)):
         monkeypatch.setattr(attacker.FrozenCopy, "has_post_ops", property(lambda self, has=post_ops: has))
-        attack = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=100)
+        attack = PGD(model, PGDConfig(), image_shape=SHAPE, batch_size=9000)
         assert len(attack._batch) == rows
         adversarial.append(attack(images, labels))
     torch.testing.assert_close(*adversarial)
