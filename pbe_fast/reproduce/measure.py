@@ -45,7 +45,7 @@ def measure_cell(cell: Cell, workshop: Workshop) -> dict[str, Any]:
         "scale": workshop.scale.name,
         **found,
         "seconds": time.perf_counter() - start,
-        "config": workshop.scale.describe(subject.data, cell.task),
+        "config": workshop.scale.describe(subject.data, subject.attack, subject.setting, cell.task),
         "infection": {
             name: prepared.record.get(name) for name in ("config", "trigger", "losses", "seconds", "weights", "commit")
         },

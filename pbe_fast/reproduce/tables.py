@@ -208,12 +208,22 @@ def stale_note(entries: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
     stale: dict[str, dict[str, None]] = {}
     for entry in entries:
         subject, task = entry["cell"], entry["cell"]["task"]
-        present = _as_json(scale.describe(subject["data"], task))
+        present = _as_json(scale.describe(subject["data"], subject["attack"], subject["setting"], task))
         if of_task(entry["config"], task) != of_task(present, task):
             attack = ATTACK_NAMES.get(subject["attack"], subject["attack"])
             stale.setdefault(DEFENSE_NAMES.get(task, task), {})[attack] = None
     named = "; ".join(f"{task} ({', '.join(attacks)})" for task, attacks in stale.items())
     return [f"Made with other options than the present ones of this scale: {named}."] if stale else []
+
+
+def _longer_notes(entries: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
+    """A note for every number of epochs that is not the scale's, with the attacks that have it."""
+    others: dict[int, dict[str, None]] = {}
+    for entry in entries:
+        subject, epochs = entry["cell"], int(entry["config"]["plan"]["epochs"])
+        if epochs != scale.plans[subject["data"]].epochs:
+            others.setdefault(epochs, {})[ATTACK_NAMES.get(subject["attack"], subject["attack"])] = None
+    return [f"Trained for {epochs} epochs: {', '.join(attacks)}." for epochs, attacks in sorted(others.items())]
 
 
 def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], wanted: int, request: Request) -> list[str]:
@@ -232,7 +242,7 @@ def _notes(number: int, scale: Scale, entries: Sequence[Mapping[str, Any]], want
         }
     ):
         notes.append(f"Images: {'; '.join(images)}.")
-    notes += stale_note(entries, scale)
+    notes += _longer_notes(entries, scale) + stale_note(entries, scale)
     if number == 3 and scale.stand_in is None and not all(e["infection"]["weights"] for e in entries):
         notes.append(
             "No ImageNet weights were given (--weights): these networks were trained from scratch, the paper's were "

@@ -101,7 +101,7 @@ class Workshop:
             InputError: Images that are not there, or too few for the attack.
             DivergedError: The training did.
         """
-        plan = self.scale.plans[subject.data]
+        plan = self.scale.plan_of(subject.data, subject.attack, subject.setting)
         train, _, _ = self.sets(subject.data, subject.seed)
         model, spec = self._new_model(plan, train, subject.seed)
         start = time.perf_counter()
@@ -240,7 +240,7 @@ def read_images(name: str, part: str, folder: Path | None, size: int | None = No
 
 def attack_config(scale: Scale, subject: Subject, train: ImageSet) -> AttackConfig:
     """The attack on a subject, with a poison rate that the target's class allows."""
-    plan, rate = scale.plans[subject.data], scale.poison_rate
+    plan, rate = scale.plan_of(subject.data, subject.attack, subject.setting), scale.poison_rate
     if TRIGGERS[subject.attack].clean_label and subject.setting == "all_to_one":
         share = float((train.labels == subject.target).double().mean())
         rate = min(rate, plan.clean_label_rate * share)

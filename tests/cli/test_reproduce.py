@@ -47,9 +47,9 @@ def test_drawing_alone_trains_nothing(tmp_path: Path) -> None:
     scale = SCALES["smoke"]
     cell = Cell(subject_of(Panel("cifar10", "blend", "all_to_one"), scale, 0), "before")
     entry = {
-        "cell": {"data": "digits", "attack": "blend", "seed": 0, "task": "before"},
+        "cell": {"data": "digits", "attack": "blend", "setting": "all_to_one", "seed": 0, "task": "before"},
         "metrics": {"acc": 0.5, "asr": 0.75},
-        "config": scale.describe("digits", "before"),
+        "config": scale.describe("digits", "blend", "all_to_one", "before"),
         "infection": {"weights": None},
         "data": {"name": "digits", "classes": 10, "train": 9, "clean": 1},
         "commit": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +47,10 @@ def made_up() -> Callable[..., dict[str, Any]]:
     def make(cell: Cell, scale: Scale, **metrics: Any) -> dict[str, Any]:
         subject = cell.subject
         return {
-            "cell": {"data": subject.data, "attack": subject.attack, "seed": subject.seed, "task": cell.task},
+            "cell": {**dataclasses.asdict(subject), "task": cell.task},
             "metrics": metrics,
             "seconds": 1.0,
-            "config": scale.describe(subject.data, cell.task),
+            "config": scale.describe(subject.data, subject.attack, subject.setting, cell.task),
             "infection": {"weights": None, "seconds": 2.0},
             "data": {"name": "test", "classes": 10, "train": 200, "clean": 20},
             "commit": "0123456789abcdef",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from importlib import resources
 
 import pytest
 
+from pbe_fast.data import as_image_set
 from pbe_fast.errors import InputError
-from pbe_fast.reproduce import SCALES, Request, cells_of, find_scale
+from pbe_fast.reproduce import SCALES, Request, Subject, cells_of, find_scale
 from pbe_fast.reproduce.cells import ATTACKS, DEFENSES, TABLES
 from pbe_fast.reproduce.paper import METRICS, paper_ap, paper_distance, paper_value
 from pbe_fast.reproduce.tables import ATTACK_NAMES, DEFENSE_NAMES, defense_rating
+from pbe_fast.reproduce.workshop import attack_config
 
 CPU, GPU = SCALES["cpu"], SCALES["gpu"]
 
@@ -80,6 +83,17 @@ def test_smoke_is_all_digits_and_says_so() -> None:
 def test_what_there_is_not(wrong: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Request(**wrong)
+
+
+def test_an_attack_that_takes_longer_is_trained_longer() -> None:
+    scale = dataclasses.replace(SCALES["smoke"], longer={("blend", "all_to_all"): 3})
+    data = as_image_set("digits:train", progress=False)
+    epochs = {
+        (attack, setting): attack_config(scale, Subject("digits", attack, setting, 0, 0), data).epochs
+        for attack, setting in itertools.product(("blend", "wanet"), ("all_to_one", "all_to_all"))
+    }
+    assert epochs.pop(("blend", "all_to_all")) == 60
+    assert set(epochs.values()) == {20}
 
 
 def test_an_unknown_scale() -> None:

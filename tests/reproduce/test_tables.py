@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_cells_of_other_options_are_told(store: Store, made_up: Callable) -> Non
     entry["config"]["options"] = {"eps": 1.0}
     store.write(c, entry)
     assert "other options" in make_table(1, REQUEST, CPU, store).markdown()
+
+
+def test_an_attack_that_takes_longer_says_so_and_is_not_of_other_options(store: Store, made_up: Callable) -> None:
+    scale = dataclasses.replace(CPU, longer={("wanet", "all_to_one"): 3})
+    c = cell("wanet", "before", 0)
+    store.write(c, made_up(c, scale, acc=0.9, asr=0.1))
+    text = make_table(1, REQUEST, scale, store).markdown()
+    assert "Trained for 30 epochs: WaNet." in text
+    assert "other options" not in text
+    # Made at a time when it had no more epochs than the others.
+    store.write(c, made_up(c, CPU, acc=0.9, asr=0.1))
+    text = make_table(1, REQUEST, scale, store).markdown()
+    assert "Trained for" not in text
+    assert "other options" in text
 
 
 @pytest.mark.parametrize(("task", "told"), [("pbe", False), ("pbe_no_clean", True)])
