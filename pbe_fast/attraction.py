@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe_fast.attacker import PGD
+from pbe_fast.calibration import CONCENTRATION, Largest
 from pbe_fast.config import PGDConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits, to_input
@@ -18,9 +19,11 @@ _SAMPLE = 1000
 _BATCH = 250
 _HALVINGS = 6
 _MOVED = 0.25
-# Of CIFAR-10's ten labels a benign one, or one of an all-to-all attack, got up to 2.2 times its even share, targets
-# from 3.3 on (docs/recipe.md).
-_STANDS_OUT = 2.5
+# One benign model in five has a label that gets as much, were its labels as uneven as those that the scan was calibrated
+# on. Of ten labels that is 2.5 times the even share (on CIFAR-10 benign ones, and those of all-to-all attacks, got up to
+# 2.2 times, targets from 3.3 on: docs/recipe.md), of three 1.8, of 200 five to seven times, by how many images moved.
+_RARE = 0.2
+_UNEVENNESS = CONCENTRATION["all_to_one", "most"]
 # In larger windows benign models lead to a label or two as well (docs/recipe.md: 36 of 40 in a quarter of the side).
 LARGEST_WINDOW = 0.125
 
@@ -179,14 +182,15 @@ def attracting_labels(counts: Tensor) -> Tensor:
         counts: (levels, K, K), as of `attack_counts`.
 
     Returns:
-        (K,) bool on the CPU: those with more than 2.5 times their even share at any level; none of two or fewer. A
-        level at which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all
+        (K,) bool on the CPU: those that at any level get more than benign labels mostly do (of ten 2.5 times their
+        even share, of 43 3.3 to 4 times); none of two or fewer. A level at which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all
         backdoor, which leads to no label in particular.
     """
     k = counts.shape[-1]
     attracting = torch.zeros(k, dtype=torch.bool)
     for level in counts:
-        shares = even_shares(level)
-        if k > 2 and (k - 1) * shift_shares(level).max() <= k * shares.max():
-            attracting |= shares > _STANDS_OUT / k
+        shares, moved = even_shares(level), int(level.sum() - level.diagonal().sum())
+        if k > 2 and moved > 0 and (k - 1) * shift_shares(level).max() <= k * shares.max():
+            largest = Largest(float(shares.max()), moved, candidates=k, destinations=k)
+            attracting |= shares >= largest.critical(_RARE, _UNEVENNESS)
     return attracting

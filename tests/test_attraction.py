@@ -170,14 +170,34 @@ def _arriving(*shares: int) -> Tensor:
 
 
 def test_far_more_than_the_even_share_attracts() -> None:
-    # With five labels a share of a half; without the label's own images 0.53 and 0.42 of the rest.
-    far, near = _arriving(60, 10, 10, 10, 10), _arriving(50, 20, 10, 10, 10)
-    assert even_shares(far)[0] > 0.5 > even_shares(near)[0] > 0.4
+    # Of five labels twice the even share is much, as of few images, and one and a half times are not.
+    far, near = _arriving(60, 10, 10, 10, 10), _arriving(32, 20, 18, 15, 15)
+    assert even_shares(far)[0] > 0.5 and 0.35 > even_shares(near)[0] > 0.28
     assert attracting_labels(far[None]).tolist() == [True] + [False] * 4
     assert not attracting_labels(near[None]).any()
     either = torch.stack([far, _arriving(10, 10, 70, 10, 10)])
     assert attracting_labels(either).tolist() == [True, False, True, False, False]
     assert attracting_labels(torch.tensor([[[0, 9], [0, 5]]])).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("k", [43, 200, 1000])
+@pytest.mark.parametrize("moved", [250, 1000])
+def test_of_many_labels_that_few_images_reach_none_attracts_but_the_target(k: int, moved: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    benign = torch.zeros(k, k, dtype=torch.int64)
+    rows, columns = torch.randint(k, (2, moved), generator=generator)
+    benign.index_put_((rows, columns), torch.tensor(1), accumulate=True)
+    # By chance alone a label of a thousand gets four or more times its part.
+    assert not attracting_labels(benign[None]).any()
+    led = benign.clone()
+    led[:, 7].index_put_((rows[: moved // 8],), torch.tensor(1), accumulate=True)
+    assert attracting_labels(led[None]).nonzero()[:, 0].tolist() == [7]
+
+
+def test_of_three_labels_the_target_attracts() -> None:
+    # Of the target's own misled images one vote in three goes elsewhere, whatever the others do.
+    assert attracting_labels(torch.tensor([[[99, 1, 0], [100, 0, 0], [100, 0, 0]]])).tolist() == [True, False, False]
+    assert not attracting_labels(torch.tensor([[[0, 50, 50], [60, 0, 40], [50, 50, 0]]])).any()
 
 
 def test_where_all_labels_shift_alike_none_attracts() -> None:
