@@ -19,9 +19,10 @@ _SAMPLE = 1000
 _BATCH = 250
 _HALVINGS = 6
 _MOVED = 0.25
-# One benign model in five has a label that gets as much, were its labels as uneven as those that the scan was calibrated
-# on. Of ten labels that is 2.5 times the even share (on CIFAR-10 benign ones, and those of all-to-all attacks, got up to
-# 2.2 times, targets from 3.3 on: docs/recipe.md), of three 1.8, of 200 five to seven times, by how many images moved.
+# One benign model in five has a label that gets as much, were its labels as uneven as those that the scan was
+# calibrated on. Of ten labels that is 2.5 times the even share (on CIFAR-10 benign ones, and those of all-to-all
+# attacks, got up to 2.2 times, targets from 3.3 on: docs/recipe.md), of three 1.8, of 200 five to seven times, by how
+# many images moved.
 _RARE = 0.2
 _UNEVENNESS = CONCENTRATION["all_to_one", "most"]
 # In larger windows benign models lead to a label or two as well (docs/recipe.md: 36 of 40 in a quarter of the side).
@@ -183,8 +184,8 @@ def attracting_labels(counts: Tensor) -> Tensor:
 
     Returns:
         (K,) bool on the CPU: those that at any level get more than benign labels mostly do (of ten 2.5 times their
-        even share, of 43 3.3 to 4 times); none of two or fewer. A level at which a shift of all labels (y to y + s) stands out more than any label does is that of an all-to-all
-        backdoor, which leads to no label in particular.
+        even share, of 43 3.3 to 4 times); none of two or fewer. A level at which a shift of all labels (y to y + s)
+        stands out more than any label does is that of an all-to-all backdoor, which leads to no label in particular.
     """
     k = counts.shape[-1]
     attracting = torch.zeros(k, dtype=torch.bool)

@@ -162,7 +162,8 @@ class SlowWaves:
         # A wave of -u and -v is one of u and v.
         half = [(u, v) for v in range(across + 1) for u in range(-down, down + 1) if v > 0 or u >= 0]
         for u, v in progress(half, desc="slow waves", enabled=show_progress):
-            sure = predict_logits(copy, self.pictures(u, v), dtype=dtype)[:, :k].softmax(1)
+            # An image whose logits are no numbers votes for nothing.
+            sure = predict_logits(copy, self.pictures(u, v), dtype=dtype)[:, :k].softmax(1).nan_to_num(0.0)
             by_label = votes.T @ sure
             of_others = (by_label * other).sum(0) / other.sum(0).clamp_min(1)
             shifted = (votes.T @ sure.gather(1, ahead)).mean(0)

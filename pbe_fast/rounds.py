@@ -191,7 +191,7 @@ class Run(Steps):
         if self.config.initial != "steady" or attracting.any():
             return None
         with self._phase("steady images"):
-            return fragility(
+            found = fragility(
                 self.infected,
                 train,
                 infected_logits,
@@ -199,6 +199,8 @@ class Run(Steps):
                 dtype=self.dtype,
                 show_progress=self.progress,
             )
+        # Where nothing tells images apart, any order will do but the file's, in which the poisoned may come first.
+        return found if found.any() else torch.rand(found.shape, generator=self.generator).to(found)
 
     def _labels_forgotten_when_left_out(self, train: ImageSet, infected_logits: Tensor, fragile: Tensor) -> Tensor:
         """Labels whose images the purified model sees otherwise once it learns from none of them, (K,) bool.

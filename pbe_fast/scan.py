@@ -46,6 +46,9 @@ _QUARTER, _MOST, _BEYOND = 0.25, 0.75, 2.0
 # Of smaller pictures see `pbe_fast.calibration.WAVES`.
 _SMALLEST_FOR_LABELS = 32
 
+# Where the images of fewer than half of the classes are moved nothing is tested (`Largest.represented`).
+_PER_CLASS = 2
+
 # `reached_labels` of the sample, for a PGDConfig and the text of its bar.
 Reached = Callable[..., Tensor]
 
@@ -69,7 +72,7 @@ def scan(
     Args:
         model: Any module that returns (B, K) logits for float images (B, C, H, W) in [0, 1]. It is not changed.
         images: Clean images or training images, with their labels, in any form that `as_image_set` takes. Those that
-            the model answers with another label are left out; a few hundred are enough.
+            the model answers with another label are left out; a few hundred are enough, of many classes two of each.
         config: The attack, the radii and windows, the significance.
         seed: Of the draw of images and windows.
         device: "auto", "cpu", "cuda", ...
@@ -96,7 +99,8 @@ def scan(
     scanned = frozen_copy(model, where, data.image_shape)
     generator = generator_for(seed, "scan")
     with seeded(seed, where):
-        sample = _sample(scanned, data, config.images, generator, dtype, where)
+        count = max(config.images, _PER_CLASS * data.num_classes)
+        sample = _sample(scanned, data, count, generator, dtype, where)
         labels = len(sample.labels.unique())
         if labels < LEAST_REPRESENTED * data.num_classes:
             raise InputError(
@@ -118,7 +122,8 @@ def scan(
     if missed and verdict == "none":
         warnings.warn(
             f"too few images, or labels that the attack moves, to find a backdoor ({', '.join(missed)}): "
-            f"got {len(sample)} that the model answers rightly, of {labels} labels; a few hundred are enough",
+            f"got {len(sample)} that the model answers rightly, of {labels} labels; a few hundred are enough, of many "
+            "classes two of each",
             PBEWarning,
             stacklevel=3,
         )

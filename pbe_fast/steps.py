@@ -129,8 +129,8 @@ class Steps:
         self.model.eval()
         return {
             "extra_set_size": size,
-            "adversarial_loss": adversarial_loss,
-            "clean_loss": clean_loss,
+            "adversarial_loss": adversarial_loss if config.adversarial_steps else None,
+            "clean_loss": clean_loss if clean_steps else None,
             # The ranking that follows adds its own.
             "seconds": self.round_seconds,
         }

@@ -48,6 +48,18 @@ def test_what_all_fast_waves_do_is_no_trigger() -> None:
     assert (reached[..., 2] > 0.9).float().mean() > 0.5, "or this shows nothing"
 
 
+@pytest.mark.parametrize("target", [2, None])
+def test_logits_that_are_no_numbers_vote_for_nothing(target: int | None) -> None:
+    class Breaks(Led):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)
+            # Of whole sets and of one picture: so many are seen at a time.
+            return torch.where(torch.arange(len(images))[:, None] == 5, torch.nan, logits)
+
+    found = look(Breaks([(0, 6)], target=target, shift=0))
+    assert found.labels.nonzero().flatten().tolist() == ([] if target is None else [target])
+
+
 def test_waves_too_weak_or_too_slow_lead_nowhere() -> None:
     model = Led([(0, 6)])
     assert look(model, amplitude=0.2).frequencies != ()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pbe_fast.attack import InfectedModel
 from pbe_fast.engine.forward import predict_logits
-from pbe_fast.extra_set import next_extra_set
+from pbe_fast.extra_set import initial_extra_set, next_extra_set
 from pbe_fast.purify import purify
 from pbe_fast.ranking import poisoned_share, rank_images
 
@@ -214,3 +214,30 @@ def test_a_pair_of_arrays_will_do_and_takes_the_classes_of_the_training_set(infe
     pair = (clean.images[some].numpy(), clean.labels[some].numpy())
     result = run(infected.model, infected.train_data, pair)
     assert result.history[0]["extra_set_size"] == 20
+
+
+def test_a_step_without_updates_has_no_loss(infected: InfectedModel) -> None:
+    config = dataclasses.replace(QUICK, adversarial_steps=0)
+    (entry, *_) = purify(infected.model, infected.train_data, config=config, device="cpu", progress=False).history
+    assert entry["adversarial_loss"] is None and entry["clean_loss"] > 0
+
+
+def test_images_that_nothing_tells_apart_are_not_taken_in_the_order_of_the_file(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def initial(*arguments: Any, fragility: Tensor) -> Tensor:
+        seen.append(fragility)
+        return initial_extra_set(*arguments, fragility=fragility)
+
+    rounds = sys.modules["pbe_fast.rounds"]
+    monkeypatch.setattr(rounds, "attracting_labels", lambda counts: torch.zeros(4, dtype=torch.bool))
+    monkeypatch.setattr(rounds, "fragility", lambda model, data, *rest, **options: torch.zeros(len(data)))
+    monkeypatch.setattr(rounds, "initial_extra_set", initial)
+    config = dataclasses.replace(QUICK, initial="steady", fractions=(0.1,))
+    for _ in range(2):
+        purify(infected.model, infected.train_data, config=config, device="cpu", progress=False)
+    first, second = seen
+    assert len(first.unique()) > len(first) / 2
+    assert first.equal(second)

@@ -215,6 +215,13 @@ def test_only_images_that_the_model_answers_rightly_are_attacked_each_label_alik
     assert found.levels[0].moved == 0
 
 
+def test_of_many_classes_two_images_of_each_are_attacked_whatever_was_asked_for() -> None:
+    # Of fewer than half of the classes nothing would be tested.
+    found = _scan(Stripes(target=4), images=3)
+    assert found.images == 2 * K
+    assert found.matrix.sum(1).tolist() == [2] * K
+
+
 def test_the_model_and_the_random_state_stay_as_they_were_and_a_seed_fixes_the_result() -> None:
     model = Stripes(target=2).train()
     torch.manual_seed(5)

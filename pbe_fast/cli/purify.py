@@ -121,8 +121,8 @@ def purify(
         raise click.UsageError(f"--profile and --device-memory-limit are for --method pbe, not for {method}")
     if clean_count is not None and clean is None:
         raise click.UsageError("--clean-count needs --clean, to draw from")
-    if out.resolve() == model.resolve():
-        raise InputError("--out", got=f"{out}, which is --model", accepted="another folder")
+    if model.resolve() in (out.resolve(), (out / "model.safetensors").resolve()):
+        raise InputError("--out", got=f"{out}, where --model is", accepted="another folder")
     if method == "pbe" and clean is not None:
         unused = [f"--{name.replace('_', '-')}" for name in _WITHOUT_CLEAN if flags.get(name) is not None]
         if unused:

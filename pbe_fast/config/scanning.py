@@ -31,7 +31,7 @@ class ScanConfig:
         "test (of 64 images and eight labels or more, for one label of pictures of 32 pixels or more)",
     )
     steps: int = option(5, "number of steps, each of a quarter of eps")
-    images: int = option(500, "images to attack, at most")
+    images: int = option(500, "images to attack, at most; of more classes than half as many two of each")
     significance: float = option(0.01, "p-value below which a backdoor is reported")
 
     def __post_init__(self) -> None:

@@ -68,6 +68,9 @@ def export_onnx(
     require("onnxscript")
     path = Path(path)
     _check_arguments(image_shape, metadata, opset, onnx.defs.onnx_opset_version())
+    # numpy's integers, too: JSON and protobuf know none.
+    channels, height, width = (int(size) for size in image_shape)
+    image_shape, opset = (channels, height, width), int(opset)
     reference = reference_copy(model)
     num_classes = _count_logits(reference, image_shape)
     properties = {

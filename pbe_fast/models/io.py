@@ -50,14 +50,15 @@ def save_model(
         OutputError: The folder cannot be written to.
     """
     folder = Path(folder)
+    net = None if spec.arch == UNKNOWN_ARCH else _build(spec)
     state = {}
-    for key, value in strip_prefixes(model.state_dict()).items():
+    for key, value in strip_prefixes(model.state_dict(), () if net is None else net.state_dict()).items():
         if not isinstance(value, Tensor):
             raise InputError(f"'{key}' in the model's state_dict", got=type(value).__name__, accepted="tensors only")
         # A copy each: safetensors refuses tensors that share memory, as tied weights do, and strides.
         state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    if spec.arch != UNKNOWN_ARCH:
-        _require_match(state, _build(spec), f"the model to be saved as {spec.arch}")
+    if net is not None:
+        _require_match(state, net, f"the model to be saved as {spec.arch}")
     config = {"format": _FORMAT, "model": spec.to_dict()}
     if taken := sorted(config.keys() & (extra or {}).keys()):
         raise InputError("extra names for config.json", got=", ".join(taken), accepted="names other than these")

@@ -9,7 +9,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,24 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return strip_prefixes(state)
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict without the prefixes ``module.`` and ``_orig_mod.``, where all its keys share them."""
-    state = dict(state)
+def strip_prefixes(state: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
+    """The state_dict without the prefixes ``module.`` and ``_orig_mod.``, where all its keys share them.
+
+    Args:
+        state: Weights by name.
+        own: The network's own keys: a prefix that they share is kept.
+    """
+    shared, kept = _shared_prefix(state), _shared_prefix(own)
+    return {kept + key.removeprefix(shared): value for key, value in state.items()}
+
+
+def _shared_prefix(names: Iterable[str]) -> str:
+    """What of ``module.`` and ``_orig_mod.``, in any order, all of these names begin with."""
+    names, shared = list(names), ""
     for prefix in _PREFIXES * 2:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+        if names and all(name.startswith(shared + prefix) for name in names):
+            shared += prefix
+    return shared
 
 
 def without_prefix(state: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
@@ -74,12 +85,17 @@ def without_prefix(state: dict[str, Tensor], names: Set[str]) -> dict[str, Tenso
     Args:
         state: Weights by name, maybe those of a `Normalized`.
         names: The network's own keys, without such a wrapper. Where they are not what is left, nothing is taken off.
+            A network whose only child is called ``module`` gets back what `strip_prefixes` took for DataParallel's.
     """
     shorter = state
+    shared = _shared_prefix(names)
+    stripped = {name.removeprefix(shared) for name in names}
     while shorter:
         inner = {key.removeprefix("net.") for key in shorter if key not in ("mean", "std")}
         if names == shorter.keys() or (is_normalized(shorter) and names == inner):
             return shorter
+        if stripped == shorter.keys():
+            return {shared + key: value for key, value in shorter.items()}
         first, dot, _ = next(iter(shorter)).partition(".")
         if not dot or not all(key.startswith(first + dot) for key in shorter):
             break

@@ -16,6 +16,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.engine.forward import predict_logits
 from pbe_fast.engine.precision import resolve_device
 from pbe_fast.engine.rounding import precision_for
+from pbe_fast.engine.streaming import fits
 from pbe_fast.errors import InputError
 from pbe_fast.metrics import Metrics, evaluate
 from pbe_fast.models import ModelSpec, build_from_spec, check_model, load_model
@@ -191,7 +192,8 @@ def rank_with(
 ) -> Ranking:
     """The ranking of ``data`` by two models (Eq. 9), on the CPU."""
     where = resolve_device(device)
-    images = data.images.to(where)
+    # What is too large for the device is sent batch by batch.
+    images = data.images.to(where if fits(data.images, where) else "cpu")
     logits = []
     for name, model in (("infected", infected), ("purified", purified)):
         check_model(model, data.image_shape, data.num_classes)

@@ -103,10 +103,12 @@ def test_purify_refuses_before_it_works(model: Path, test_set: Path, tmp_path: P
     (sizes / "0").mkdir(parents=True)
     for side in (8, 9):
         Image.new("L", (side, side)).save(sizes / "0" / f"{side}.png")
+    inside = ("purify", "--model", model / "model.safetensors")
     cases = [
         ((*purify, *out), "got neither train nor clean"),
         (("purify", "--model", tmp_path / "none", "--train", test_set, *out), "none"),
-        ((*purify, "--clean", test_set, "--out", model), "which is --model"),
+        ((*purify, "--clean", test_set, "--out", model), "where --model is"),
+        ((*inside, "--clean", test_set, "--out", model, "--force"), "where --model is"),
         ((*purify, "--clean", test_set, "--clean-count", 5000, *out), "(--clean-count); got 5000 of 359 images"),
         ((*purify, "--clean", test_set, "--mean", "0.5", *out), "(--mean, --std); got mean without std"),
         ((*purify, "--clean", test_set, "--std", "0.5", *out), "(--mean, --std); got std without mean"),

@@ -188,6 +188,11 @@ def test_models_that_cannot_be_exported(model, error, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sizes_may_be_numpys(tiny, tmp_path):
+    path = export_onnx(tiny, tmp_path / "m.onnx", image_shape=tuple(np.array(SHAPE)), opset=np.int64(20))
+    assert path.read_bytes() == export_onnx(tiny, tmp_path / "n.onnx", image_shape=SHAPE, opset=20).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -211,6 +211,32 @@ def test_an_own_network_with_the_names_of_a_wrapper(tmp_path: Path, monkeypatch:
     assert spec.mean is None
 
 
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_a_network_whose_only_child_has_the_name_of_a_prefix(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"own{name}.py").write_text(
+        "from torch import nn\nfrom pbe_fast.models import SmallCNN\n\nclass Own(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        f"        self.{name} = SmallCNN(4, 1, 3)\n"
+        f"    def forward(self, images):\n        return self.{name}(images)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arch = f"own{name}:Own"
+    net = build_model(arch, num_classes=4)
+    assert all(key.startswith(f"{name}.") for key in net.state_dict())
+    save_model(net, ModelSpec(arch, 4, 1), tmp_path / "folder")
+    assert_same_state(load_model(tmp_path / "folder", arch=arch)[0], net)
+    for prefix in ("", "module.", "model."):
+        torch.save({f"{prefix}{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
+        assert_same_state(load_model(tmp_path / "w.pt", arch=arch, num_classes=4, in_channels=1)[0], net)
+    save_model(nn.DataParallel(net), ModelSpec(arch, 4, 1), tmp_path / "parallel")
+    assert_same_state(load_model(tmp_path / "parallel", arch=arch)[0], net)
+    normalised = Normalized(net, [0.5], [0.25])
+    save_model(normalised, ModelSpec(arch, 4, 1, mean=(0.5,), std=(0.25,)), tmp_path / "normalised")
+    assert_same_state(load_model(tmp_path / "normalised", arch=arch)[0], normalised)
+
+
 def test_weights_that_do_not_fit_are_named(model: nn.Module, tmp_path: Path) -> None:
     state = model.state_dict()
     state["stranger"] = state.pop("net.bn1.weight")

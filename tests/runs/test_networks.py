@@ -11,7 +11,7 @@ from pbe_fast.data import ImageSet
 from pbe_fast.metrics import evaluate
 from pbe_fast.models import ModelSpec, Normalized, SmallCNN, save_model
 from pbe_fast.ranking import rank_images
-from pbe_fast.runs import measure, name_models, new_model, rank_with
+from pbe_fast.runs import measure, name_models, networks, new_model, rank_with
 from pbe_fast.runs.networks import channel_statistics
 
 
@@ -67,3 +67,18 @@ def test_rank_with_two_models() -> None:
     with torch.no_grad():
         expected = rank_images(*(model(data.floats()) for model in models))
     torch.testing.assert_close(ranking.distance, expected.distance, rtol=0, atol=1e-5)
+
+
+def test_rank_with_sends_what_is_too_large_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = make_set(), []
+    models = [new_model("small_cnn", data, width=4, seed=s)[0].eval() for s in (0, 1)]
+    expected = rank_with(*models, data, device="cpu", precision="fp32", progress=False)
+
+    def too_large(images: torch.Tensor, device: torch.device) -> bool:
+        asked.append((images.shape, device))
+        return False
+
+    monkeypatch.setattr(networks, "fits", too_large)
+    found = rank_with(*models, data, device="cpu", precision="fp32", progress=False)
+    assert asked == [(data.images.shape, torch.device("cpu"))]
+    assert found.order.equal(expected.order)
