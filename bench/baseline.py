@@ -84,6 +84,10 @@ def purify_plainly(
         if config.refining_fractions and waves.shift is None:
             counts = attack_counts_plainly(infected, train, config, generator, where)
             suspects = changed | attracting_labels(counts)
+        if config.refining_fractions and config.fragile_share > 0 and not suspects.any():
+            logits = logits_of(infected, train, where)
+            fragile = fragility_plainly(infected, train, logits, waves.frequencies, where)
+            steady = steady_ones(fragile, train.labels, config)
     else:
         assert train is not None
         changed = suspects = torch.zeros(train.num_classes, dtype=torch.bool)
@@ -96,9 +100,7 @@ def purify_plainly(
         logits = logits_of(infected, train, where)
         if config.initial == "steady" and not suspects.any():
             fragile = fragility_plainly(infected, train, logits, waves.frequencies, where)
-            share, floor = 1 - config.fragile_share, config.label_floor
-            steady = torch.zeros_like(fragile, dtype=torch.bool)
-            steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
+            steady = steady_ones(fragile, train.labels, config)
             enough = len(train.labels.unique()) >= 2 * FEWEST_LABELS
             if config.leave_out and waves.shift is None and enough:
                 changed = suspects = forgotten_labels_plainly(
@@ -162,6 +164,14 @@ def forgotten_labels_plainly(
         distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)
     return forgotten
+
+
+def steady_ones(fragile: Tensor, labels: Tensor, config: PurifyConfig) -> Tensor:
+    """All images but the most fragile ones, (N,) bool."""
+    steady = torch.zeros_like(fragile, dtype=torch.bool)
+    ordered = fragile.argsort(stable=True)
+    steady[first_of_each(ordered, labels, 1 - config.fragile_share, config.label_floor)] = True
+    return steady
 
 
 def fragility_plainly(

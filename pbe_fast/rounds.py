@@ -57,8 +57,12 @@ class Run(Steps):
             # Of a trigger that this round did not erase it changed little.
             suspects = changed | self._attracting_labels(train)
         self._finish_round(0, entry | _found(ranking, train, suspects), ranking)
+        # From label to label, the images of a trigger that is still there rank clean: fragile ones have to show more.
+        steady = None
+        if fractions and self.config.fragile_share > 0 and not suspects.any():
+            steady = self._steady(self._fragility(train, infected_logits, waves), train.labels)
         ranking = self._later_rounds(
-            train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed
+            train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed, steady=steady
         )
         return self._result(ranking, train)
 
@@ -74,17 +78,17 @@ class Run(Steps):
                 suspects = self._attracting_labels(train) | waves.labels
             changed = waves.labels
         steady = None
-        fragile = self._fragility(train, infected_logits, suspects, waves)
-        if fragile is not None:
+        fragile = None
+        if self.config.initial == "steady" and not suspects.any():
+            # No attracting label tells what to leave out.
+            fragile = self._fragility(train, infected_logits, waves)
             if waves.shift is None:
                 changed = suspects = self._labels_forgotten_when_left_out(train, infected_logits, fragile)
             if int(suspects.sum()) == 1:
                 # Nothing of the other labels is poisoned then: no need to keep to steady images.
                 fragile = None
             else:
-                steady = torch.zeros_like(fragile, dtype=torch.bool)
-                share, floor = 1 - self.config.fragile_share, self.config.label_floor
-                steady[first_of_each(fragile.argsort(stable=True), train.labels, share, floor)] = True
+                steady = self._steady(fragile, train.labels)
         # Without images of the target label no label in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out. Not so where it is wrong: of hard images that are many, and some bear
         # the trigger with their own label (WaNet and input-aware train with such) and are answered with the target.
@@ -184,12 +188,8 @@ class Run(Steps):
         )
         return found
 
-    def _fragility(
-        self, train: ImageSet, infected_logits: Tensor, attracting: Tensor, waves: LeadingWaves
-    ) -> Tensor | None:
-        """How little each label withstands, where no attracting label tells what to leave out."""
-        if self.config.initial != "steady" or attracting.any():
-            return None
+    def _fragility(self, train: ImageSet, infected_logits: Tensor, waves: LeadingWaves) -> Tensor:
+        """How little each label withstands, (N,)."""
         with self._phase("steady images"):
             found = fragility(
                 self.infected,
@@ -201,6 +201,13 @@ class Run(Steps):
             )
         # Where nothing tells images apart, any order will do but the file's, in which the poisoned may come first.
         return found if found.any() else torch.rand(found.shape, generator=self.generator).to(found)
+
+    def _steady(self, fragile: Tensor, labels: Tensor) -> Tensor:
+        """All images but the most fragile ones, (N,) bool."""
+        steady = torch.zeros_like(fragile, dtype=torch.bool)
+        share, floor = 1 - self.config.fragile_share, self.config.label_floor
+        steady[first_of_each(fragile.argsort(stable=True), labels, share, floor)] = True
+        return steady
 
     def _labels_forgotten_when_left_out(self, train: ImageSet, infected_logits: Tensor, fragile: Tensor) -> Tensor:
         """Labels whose images the purified model sees otherwise once it learns from none of them, (K,) bool.

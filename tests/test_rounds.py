@@ -159,7 +159,7 @@ def test_with_a_clean_set_further_rounds_are_on_what_ranks_clean_after_it(
     clean = quarters(40, seed=1)
     once = run(infected.model, infected.train_data, clean, refining_fractions=())
     assert once.ranking is not None and once.history[0]["labels_apart"] == []
-    twice = run(infected.model, infected.train_data, clean, refining_fractions=(0.25, 0.5))
+    twice = run(infected.model, infected.train_data, clean, refining_fractions=(0.25, 0.5), fragile_share=0.0)
     assert [entry["round"] for entry in twice.history] == [0, 1, 2]
     assert [entry["extra_set_size"] for entry in twice.history] == [40, 40, 80]
     assert twice.history[1]["extra_set_poison_rate"] == poisoned_share(once.ranking.top(0.25), mask)
@@ -184,6 +184,24 @@ def test_with_a_clean_set_the_labels_that_changed_or_attract_are_set_apart_and_t
     either = sorted({3, *attracting})
     assert apart == [(either, [3])] * 2
     assert [entry["labels_apart"] for entry in result.history] == [either] * 3
+
+
+@pytest.mark.parametrize(("attracting", "share", "kept_out"), [([], 0.3, True), ([], 0.0, False), ([1], 0.3, False)])
+def test_with_a_clean_set_fragile_images_have_to_show_more_where_no_label_is_set_apart(
+    infected: InfectedModel, monkeypatch: pytest.MonkeyPatch, attracting: list[int], share: float, kept_out: bool
+) -> None:
+    # What is poisoned from label to label ranks clean as long as the trigger is there.
+    seen = watch(
+        monkeypatch, infected, attracting=attracting, changed=lambda distances: torch.zeros(4, dtype=torch.bool)
+    )
+    clean, options = quarters(40, seed=1), {"refining_fractions": (0.3, 0.5), "fragile_share": share}
+    result = run(infected.model, infected.train_data, clean, **options)
+    assert seen.steady == [kept_out] * 2
+    assert ("steady images" in result.seconds) == kept_out
+    # Nor does it go by what the first extra set of a run without a clean set is.
+    assert run(infected.model, infected.train_data, clean, **options, initial="steady").seconds.keys() == (
+        result.seconds.keys()
+    )
 
 
 def test_without_further_rounds_no_label_is_looked_for(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pbe_fast.data import ImageSet
 
 # How Algorithm 1 chooses its extra sets.
-_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "label_floor", "steady_share", "fragile_share", "leave_out")
+_WITHOUT_CLEAN = ("fractions", "initial", "hard_quantile", "steady_share", "leave_out")
 _EXAMPLE = """
 pbe-fast purify --model infected/ --out purified/
 pbe-fast purify --model infected/ --clean infected/clean.npz --out purified/

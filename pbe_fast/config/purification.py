@@ -63,14 +63,14 @@ class PurifyConfig:
     steady_share: float = option(0.25, "how much of the images counts as steady enough for the first extra set")
     fragile_share: float = option(
         0.3,
-        "where no label is found: the most fragile images, which come into later extra sets only where they rank as "
-        "well as the others and the purified model agrees (0: none)",
+        "where no label is found, with a clean set or without: the most fragile images, which come into later extra "
+        "sets only where they rank as well as the others and the purified model agrees (0: none)",
     )
     hard_quantile: float = option(0.3, "how much of each label counts as hard")
     label_floor: float = option(
         0.5,
-        "without a clean set: what every label gives to an extra set at least, as a share of what it gave if all gave "
-        "alike (0: the paper)",
+        "without a clean set, and among steady images: what every label gives to an extra set at least, as a share of "
+        "what it gave if all gave alike (0: the paper)",
     )
     leave_out: bool = option(
         True,

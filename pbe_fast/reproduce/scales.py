@@ -21,11 +21,9 @@ _TRAINING = FineTuneConfig(
 _TRAFFIC = dataclasses.replace(_TRAINING, augment="crop")
 # Options of PBE that only its other form has.
 _OTHERS_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "pbe": (
-        "fractions", "initial", "steady_share", "fragile_share", "hard_quantile", "label_floor", "leave_out",
-    ),
+    "pbe": ("fractions", "initial", "steady_share", "hard_quantile", "leave_out"),
     "pbe_no_clean": ("refining_fractions",),
-}  # fmt: skip
+}
 # Of small models trained for ten epochs: smaller batches, which are more updates, learn a faint trigger (WaNet: attack
 # success 67 % with 64 images, 97 % with 32), and so it is without flips.
 _SHORT = dataclasses.replace(_TRAINING, batch_size=32, augment="crop")
