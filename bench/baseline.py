@@ -27,7 +27,7 @@ from pbe_fast.attraction import attracting_labels
 from pbe_fast.config import FineTuneConfig, PGDConfig, PurifyConfig, WaveConfig
 from pbe_fast.data import ImageSet
 from pbe_fast.engine.seeding import generator_for
-from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set, steady_images
 from pbe_fast.finetune import learning_rate_factor
 from pbe_fast.ranking import (
     FEWEST_LABELS,
@@ -87,7 +87,7 @@ def purify_plainly(
         if config.refining_fractions and config.fragile_share > 0 and not suspects.any():
             logits = logits_of(infected, train, where)
             fragile = fragility_plainly(infected, train, logits, waves.frequencies, where)
-            steady = steady_ones(fragile, train.labels, config)
+            steady = steady_images(fragile, train.labels, config)
     else:
         assert train is not None
         changed = suspects = torch.zeros(train.num_classes, dtype=torch.bool)
@@ -100,7 +100,7 @@ def purify_plainly(
         logits = logits_of(infected, train, where)
         if config.initial == "steady" and not suspects.any():
             fragile = fragility_plainly(infected, train, logits, waves.frequencies, where)
-            steady = steady_ones(fragile, train.labels, config)
+            steady = steady_images(fragile, train.labels, config)
             enough = len(train.labels.unique()) >= 2 * FEWEST_LABELS
             if config.leave_out and waves.shift is None and enough:
                 changed = suspects = forgotten_labels_plainly(
@@ -164,14 +164,6 @@ def forgotten_labels_plainly(
         distances = label_distances(ranking, train.labels, train.num_classes, among=surest) * left_out
         forgotten |= changed_labels(distances) | label_ahead(distances)
     return forgotten
-
-
-def steady_ones(fragile: Tensor, labels: Tensor, config: PurifyConfig) -> Tensor:
-    """All images but the most fragile ones, (N,) bool."""
-    steady = torch.zeros_like(fragile, dtype=torch.bool)
-    ordered = fragile.argsort(stable=True)
-    steady[first_of_each(ordered, labels, 1 - config.fragile_share, config.label_floor)] = True
-    return steady
 
 
 def fragility_plainly(

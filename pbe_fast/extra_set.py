@@ -182,6 +182,23 @@ def first_of_each(order: Tensor, labels: Tensor, fraction: float, floor: float) 
     return order[kept[order]]
 
 
+def steady_images(fragility: Tensor, labels: Tensor, config: PurifyConfig) -> Tensor:
+    """All images but the most fragile ones, which have to show more to come into a later extra set.
+
+    Args:
+        fragility: (N,), see `pbe_fast.steadiness`.
+        labels: (N,) int64.
+        config: ``fragile_share`` sets how many are fragile, ``label_floor`` what every label keeps at least.
+
+    Returns:
+        (N,) bool.
+    """
+    steady = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    order = fragility.argsort(stable=True)
+    steady[first_of_each(order, labels, 1 - config.fragile_share, config.label_floor)] = True
+    return steady
+
+
 def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` of them, or all, in random order."""
     return candidates[torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pbe_fast.attraction import attack_counts, attracting_labels
 from pbe_fast.config import WaveConfig
 from pbe_fast.data import ImageSet
-from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set, steady_images
 from pbe_fast.leading_waves import LeadingWaves, leading_waves
 from pbe_fast.ranking import (
     FEWEST_LABELS,
@@ -60,7 +60,7 @@ class Run(Steps):
         # From label to label, the images of a trigger that is still there rank clean: fragile ones have to show more.
         steady = None
         if fractions and self.config.fragile_share > 0 and not suspects.any():
-            steady = self._steady(self._fragility(train, infected_logits, waves), train.labels)
+            steady = steady_images(self._fragility(train, infected_logits, waves), train.labels, self.config)
         ranking = self._later_rounds(
             train, infected_logits, ranking, agrees, fractions, suspects=suspects, changed=changed, steady=steady
         )
@@ -77,8 +77,7 @@ class Run(Steps):
             if waves.shift is None:
                 suspects = self._attracting_labels(train) | waves.labels
             changed = waves.labels
-        steady = None
-        fragile = None
+        steady = fragile = None
         if self.config.initial == "steady" and not suspects.any():
             # No attracting label tells what to leave out.
             fragile = self._fragility(train, infected_logits, waves)
@@ -88,7 +87,7 @@ class Run(Steps):
                 # Nothing of the other labels is poisoned then: no need to keep to steady images.
                 fragile = None
             else:
-                steady = self._steady(fragile, train.labels)
+                steady = steady_images(fragile, train.labels, self.config)
         # Without images of the target label no label in D_ext^0 can teach the trigger: the infected model may teach
         # what it knows of the labels left out. Not so where it is wrong: of hard images that are many, and some bear
         # the trigger with their own label (WaNet and input-aware train with such) and are answered with the target.
@@ -201,13 +200,6 @@ class Run(Steps):
             )
         # Where nothing tells images apart, any order will do but the file's, in which the poisoned may come first.
         return found if found.any() else torch.rand(found.shape, generator=self.generator).to(found)
-
-    def _steady(self, fragile: Tensor, labels: Tensor) -> Tensor:
-        """All images but the most fragile ones, (N,) bool."""
-        steady = torch.zeros_like(fragile, dtype=torch.bool)
-        share, floor = 1 - self.config.fragile_share, self.config.label_floor
-        steady[first_of_each(fragile.argsort(stable=True), labels, share, floor)] = True
-        return steady
 
     def _labels_forgotten_when_left_out(self, train: ImageSet, infected_logits: Tensor, fragile: Tensor) -> Tensor:
         """Labels whose images the purified model sees otherwise once it learns from none of them, (K,) bool.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe_fast.config import PurifyConfig
-from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set
+from pbe_fast.extra_set import first_of_each, initial_extra_set, judging_extra_set, next_extra_set, steady_images
 from pbe_fast.ranking import Ranking
 
 NONE = torch.zeros(4, dtype=torch.bool)
@@ -185,6 +185,18 @@ def test_the_floor_holds_for_every_set() -> None:
     assert torch.bincount(labels[next_extra_set(_ranking(values), labels, NONE, 0.25)], minlength=4).tolist()[
         1:
     ] == 3 * [0]
+
+
+def test_all_but_the_most_fragile_are_steady_and_every_label_keeps_some() -> None:
+    labels = torch.arange(400) % 4
+    fragile = torch.rand(400, generator=torch.Generator().manual_seed(1))
+    steady = steady_images(fragile, labels, PurifyConfig(fragile_share=0.3, label_floor=0.0))
+    assert steady.sum() == 280 and fragile[steady].max() < fragile[~steady].min()
+    assert steady_images(fragile, labels, PurifyConfig(fragile_share=0.0)).all()
+    # All images of the last label are more fragile than any other: 0.5 of the 70 that would be its part.
+    fragile[labels == 3] += 1
+    steady = steady_images(fragile, labels, PurifyConfig(fragile_share=0.3, label_floor=0.5))
+    assert steady.sum() == 280 and steady[labels == 3].sum() == 35
 
 
 def test_what_is_judged_by_are_hard_ones_of_the_steady_half() -> None:

@@ -69,16 +69,21 @@ def test_rank_with_two_models() -> None:
     torch.testing.assert_close(ranking.distance, expected.distance, rtol=0, atol=1e-5)
 
 
-def test_rank_with_sends_what_is_too_large_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, asked = make_set(), []
+@pytest.mark.parametrize(("too_large", "place"), [(False, "meta"), (True, "cpu")])
+def test_rank_with_sends_what_is_too_large_batch_by_batch(
+    monkeypatch: pytest.MonkeyPatch, too_large: bool, place: str
+) -> None:
+    # A device without memory stands for one with too little.
+    data, seen = make_set(), []
+
+    def predict(model: torch.nn.Module, images: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((next(model.parameters()).device.type, images.device.type))
+        return torch.randn(len(images), 4)
+
+    monkeypatch.setattr(networks, "resolve_device", torch.device)
+    monkeypatch.setattr(networks, "precision_for", lambda *arguments, **options: torch.float32)
+    monkeypatch.setattr(networks, "predict_logits", predict)
+    monkeypatch.setattr(networks, "fits", lambda images, device: not too_large)
     models = [new_model("small_cnn", data, width=4, seed=s)[0].eval() for s in (0, 1)]
-    expected = rank_with(*models, data, device="cpu", precision="fp32", progress=False)
-
-    def too_large(images: torch.Tensor, device: torch.device) -> bool:
-        asked.append((images.shape, device))
-        return False
-
-    monkeypatch.setattr(networks, "fits", too_large)
-    found = rank_with(*models, data, device="cpu", precision="fp32", progress=False)
-    assert asked == [(data.images.shape, torch.device("cpu"))]
-    assert found.order.equal(expected.order)
+    assert len(rank_with(*models, data, device="meta", progress=False).order) == 40
+    assert seen == [("meta", place)] * 2
